@@ -1,0 +1,124 @@
+"""The whole schema with its defaults: plain MAE with ViT-B/16 on ImageNet. Every other config starts from it.
+
+A field that is not here is an error, on the command line too. Empty strings and zeros mean "chosen for you" where the
+comment says so.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.task = 'pretrain'  # pretrain, knn, linear, compare
+    c.method = 'mae'  # mae, simmim, or an importable module with build(config)
+    c.seed = 0
+    c.workdir = ''  # '' for runs/<name of the config>; the same workdir resumes
+    c.checkpoint = ''  # for evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
+    c.resume_anyway = False  # resume although fields differ from those the run started with
+
+    c.data = ConfigDict()
+    c.data.name = 'imagenet2012'  # a TFDS name, or '' where data_dir is itself a prepared TFDS directory
+    c.data.data_dir = ''  # '' for TFDS' own default
+    c.data.train_split = 'train'
+    c.data.val_split = 'validation'  # watched during development
+    c.data.test_split = 'validation'  # reported by task=knn and task=linear
+    c.data.image_size = (224, 224)  # height, width
+    c.data.channels = 3
+    c.data.num_classes = 1000
+    c.data.crop = 'random_resized'  # random_resized, or resize (whole image, no crop)
+    c.data.crop_area = (0.2, 1.0)  # share of the image a crop covers
+    c.data.crop_aspect = (3 / 4, 4 / 3)  # width over height
+    c.data.eval_resize = 256  # shorter side before the centre crop; 0 resizes the whole image
+    c.data.flip = True
+    c.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], one per channel
+    c.data.std = (0.229, 0.224, 0.225)
+    c.data.shuffle_buffer = 20_000  # records; TFRecord only, ArrayRecord permutes exactly
+    c.data.threads = 0  # of the host pipeline; 0 for one a core
+
+    c.model = ConfigDict()
+    c.model.size = 'b'  # nano, micro, ti, s, b, l, h
+    c.model.depth = 0  # 0: from the size
+    c.model.width = 0
+    c.model.heads = 0
+    c.model.patch_size = 16
+    c.model.mlp_ratio = 4.0
+    c.model.position = 'sincos'  # sincos, learned, none
+    c.model.relative_bias = False
+    c.model.class_token = True
+    c.model.qkv_bias = 'qkv'
+    c.model.layer_scale = 0.0
+    c.model.drop_path = 0.0
+    c.model.init = 'mae'  # mae, beit
+    c.model.dtype = 'bfloat16'  # of matrix products; parameters stay float32
+    c.model.remat = False
+    c.model.attention = ''  # '' lets jax choose; xla, cudnn
+
+    c.mask_ratio = 0.75
+    c.mae = ConfigDict()
+    c.mae.decoder_depth = 8
+    c.mae.decoder_width = 512
+    c.mae.decoder_heads = 16
+    c.mae.norm_pix_loss = True
+    c.simmim = ConfigDict()
+    c.simmim.mask_unit = 2  # patches per side of a masked unit
+
+    c.mto = ConfigDict()  # fields as in mto_jax.mto.Settings
+    c.mto.enabled = False
+    c.mto.recalibration = 'none'
+    c.mto.initial_blocks = 0
+    c.mto.blocks = ()
+    c.mto.affinity = 'attention_mean'
+    c.mto.measure = 'entropy'
+    c.mto.scale_guard = False
+    c.mto.stop_keys = False
+    c.mto.margin = 0.02
+    c.mto.w_spa = 0.0
+    c.mto.w_e = 0.0
+    c.mto.w_r = 0.0
+    c.mto.spa_entropy = False
+    c.mto.warmup = 0.05
+    c.mto.decay_e = False
+
+    c.batch_size = 4096  # images per step, over all devices
+    c.accumulate = 1  # microbatches per step
+    c.epochs = 800.0
+    c.optim = ConfigDict()
+    c.optim.base_lr = 1.5e-4  # per lr_reference images: lr = base_lr * batch_size / lr_reference
+    c.optim.lr_reference = 256
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.95
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.05
+    c.optim.decay_tokens = True  # decay class and mask tokens, as the official MAE does
+    c.optim.clip_norm = 0.0  # 0: no clipping
+    c.optim.schedule = 'cosine'  # cosine, multistep
+    c.optim.warmup_epochs = 40.0
+    c.optim.min_lr = 0.0
+    c.optim.decay_epochs = ()  # multistep: where the rate is multiplied by decay_factor
+    c.optim.decay_factor = 0.1
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices along the batch; -1 for all
+
+    c.log_every = 50  # steps
+    c.diagnose_every = 1000  # steps; 0: never
+    c.log_images = 6  # shown in pictures of reconstructions
+
+    c.checkpoints = ConfigDict()
+    c.checkpoints.every = 1000  # steps; the last step is always saved
+    c.checkpoints.keep = 2  # newest ones kept; the best is kept beside them
+
+    c.eval = ConfigDict()
+    c.eval.every_epochs = 0.0  # kNN during pre-training on val_split; 0: never
+    c.eval.batch_size = 512
+    c.eval.train_examples = 0  # how many training images the probes use; 0: all
+    c.eval.features = 'mean'  # mean of the patch tokens, or class
+    c.eval.depth = 0  # blocks to apply; 0 for all and the final norm
+    c.eval.knn_k = (1, 5, 10, 20)
+    c.eval.knn_temperature = 0.07
+    c.eval.linear_l2 = (1e-5, 1e-4, 1e-3, 1e-2)  # chosen on a held-out tenth of the training features
+    c.eval.linear_steps = 200  # L-BFGS iterations
+
+    c.compare = ConfigDict()  # task=compare
+    c.compare.seeds = (0,)  # one pre-training without and one with MTO for each
+    return c

@@ -1,0 +1,1 @@
+"""Input: TFDS sources, the tf.data host pipeline, and augmentation on the device."""

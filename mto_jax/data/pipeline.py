@@ -1,0 +1,226 @@
+"""The host pipeline: decode and crop to uint8 batches. The batch at step t is a pure function of (data, seed, t).
+
+An epoch is `num_examples // batch_size` full batches of a new order; the few examples left over are dropped from that
+epoch and, orders being random, come back in others.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from mto_jax.data.sources import Source
+from mto_jax.errors import UserError
+
+Batch = Mapping[str, np.ndarray]
+CROP_TRIES = 10
+
+
+def crop_window(height, width, seed, area, aspect) -> tf.Tensor:
+    """A random window (y, x, h, w), int32 (4,), with torchvision's RandomResizedCrop rule.
+
+    Ten tries draw the window's share of the image uniformly from `area` and the logarithm of width over height
+    uniformly from `aspect`; the first that fits counts, else the largest central window within `aspect`.
+    """
+    h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    u = tf.random.stateless_uniform([4, CROP_TRIES], seed)
+    size = h * w * (area[0] + (area[1] - area[0]) * u[0])
+    ratio = tf.exp(math.log(aspect[0]) + (math.log(aspect[1]) - math.log(aspect[0])) * u[1])
+    ws, hs = tf.round(tf.sqrt(size * ratio)), tf.round(tf.sqrt(size / ratio))
+    fits = (ws > 0) & (ws <= w) & (hs > 0) & (hs <= h)
+    i = tf.argmax(fits)
+    fallback_w = tf.minimum(w, tf.round(h * aspect[1]))
+    fallback_h = tf.minimum(h, tf.round(w / aspect[0]))
+    found = tf.reduce_any(fits)
+    ch, cw = tf.where(found, hs[i], fallback_h), tf.where(found, ws[i], fallback_w)
+    y = tf.where(found, tf.floor(u[2, i] * (h - ch + 1)), tf.floor((h - ch) / 2))
+    x = tf.where(found, tf.floor(u[3, i] * (w - cw + 1)), tf.floor((w - cw) / 2))
+    return tf.cast(tf.stack([y, x, ch, cw]), tf.int32)
+
+
+def _decode(encoded, channels, window=None):
+    """Decode a JPEG or PNG, uint8 (h, w, channels); for a JPEG, only the window."""
+
+    def whole():
+        image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
+        if window is None:
+            return image
+        y, x, h, w = tf.unstack(window)
+        return image[y : y + h, x : x + w]
+
+    if window is None or channels not in (1, 3):
+        return whole()
+    return tf.cond(
+        tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=channels), whole
+    )
+
+
+def _size(encoded, channels):
+    """Height and width of an encoded image; a JPEG's are read from its header."""
+
+    def decode():
+        return tf.shape(tf.io.decode_image(encoded, channels=channels, expand_animations=False))[:2]
+
+    return tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.extract_jpeg_shape(encoded)[:2], decode)
+
+
+def _resize(image, size):
+    """Antialiased bicubic, rounded to uint8."""
+    image = tf.image.resize(image, size, method='bicubic', antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+
+
+def train_image(encoded, seed, data) -> tf.Tensor:
+    """One training image, uint8 (height, width, channels), cropped as `config.data` says."""
+    if data.crop == 'random_resized':
+        size = _size(encoded, data.channels)
+        window = crop_window(size[0], size[1], seed, data.crop_area, data.crop_aspect)
+        image = _decode(encoded, data.channels, window)
+    elif data.crop == 'resize':
+        image = _decode(encoded, data.channels)
+    else:
+        raise UserError(f'data.crop is {data.crop!r}; it must be random_resized or resize')
+    image = _resize(image, data.image_size)
+    image.set_shape((*data.image_size, data.channels))
+    return image
+
+
+def eval_image(encoded, data) -> tf.Tensor:
+    """One evaluation image: shorter side to `eval_resize`, centre crop; or the whole image resized."""
+    image = _decode(encoded, data.channels)
+    height, width = data.image_size
+    if data.eval_resize:
+        shape = tf.cast(tf.shape(image)[:2], tf.float32)
+        scale = data.eval_resize / tf.reduce_min(shape)
+        # A frame larger than the resized image would pad it: never smaller than the crop.
+        size = tf.maximum(tf.cast(tf.round(shape * scale), tf.int32), [height, width])
+        image = _resize(image, size)
+        y, x = (size[0] - height) // 2, (size[1] - width) // 2
+        image = image[y : y + height, x : x + width]
+    else:
+        image = _resize(image, data.image_size)
+    image.set_shape((height, width, data.channels))
+    return image
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Full batches in an epoch.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if batch_size > num_examples:
+        raise UserError(f'batch_size is {batch_size}, larger than the {num_examples} training examples')
+    return num_examples // batch_size
+
+
+def train_batches(source: Source, data, batch_size: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
+    """Batches of steps `start` to `stop` - 1: {'image': uint8 (B, H, W, C), 'label': int32 (B,)}.
+
+    The same (source, seed, step) gives the same batch, wherever the iterator starts.
+    """
+    per_epoch = steps_per_epoch(source.num_examples, batch_size)
+
+    def prepare(position, example):
+        seed_pair = tf.stack([tf.constant(seed, tf.int64), position])
+        image = train_image(example['image'], seed_pair, data)
+        return {'image': image, 'label': tf.cast(example['label'], tf.int32)}
+
+    def batches(examples, first):
+        positions = tf.data.Dataset.counter(first * batch_size)
+        ds = tf.data.Dataset.zip(positions, examples)
+        ds = ds.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
+        return _finish(ds.batch(batch_size, drop_remainder=True), data)
+
+    if source.random_access:
+
+        def positions():
+            order, epoch = None, None
+            for step in range(start, stop):
+                if step // per_epoch != epoch:
+                    epoch = step // per_epoch
+                    order = source.order(seed, epoch)
+                offset = step % per_epoch * batch_size
+                yield order[offset : offset + batch_size]
+
+        yield from batches(source.stream(positions()), start).as_numpy_iterator()
+        return
+
+    step = start
+    while step < stop:
+        epoch, done = divmod(step, per_epoch)
+        count = min(per_epoch - done, stop - step)
+        examples = source.shuffled(seed, epoch, done * batch_size)
+        yield from batches(examples, step).take(count).as_numpy_iterator()
+        step += count
+
+
+def eval_batches(source: Source, data, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+    """Every example once, in order, in batches of one size; the last is padded, and 'valid' bool (B,) says where.
+
+    Args:
+      limit: stop after this many examples, spread evenly over the split; 0 for all.
+    """
+    total = source.num_examples
+    examples = source.in_order()
+    if limit and limit < total:
+        chosen = set(np.linspace(0, total - 1, limit).round().astype(int).tolist())
+        keep = tf.constant(np.isin(np.arange(total), list(chosen)))
+        examples = examples.enumerate().filter(lambda i, _: keep[i]).map(lambda _, e: e)
+
+    def prepare(example):
+        return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)}
+
+    ds = examples.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
+    for batch in _finish(ds.batch(batch_size), data).as_numpy_iterator():
+        count = len(batch['label'])
+        pad = batch_size - count
+        padded = {k: np.pad(v, ((0, pad), *[(0, 0)] * (v.ndim - 1))) for k, v in batch.items()}
+        yield padded | {'valid': np.arange(batch_size) < count}
+
+
+def _finish(ds: tf.data.Dataset, data) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    if data.threads:
+        options.threading.private_threadpool_size = data.threads
+    return ds.prefetch(2).with_options(options)
+
+
+class Prefetch:
+    """Keeps `depth` batches on the device ahead of the loop, and measures how long the loop waits for the host.
+
+    Attributes:
+      waited: seconds spent waiting since the last `reset`.
+    """
+
+    def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Mapping], depth: int = 2):
+        self._batches, self._put, self._queue = batches, put, deque()
+        self.waited = 0.0
+        for _ in range(depth):
+            self._fill()
+
+    def _fill(self):
+        start = time.perf_counter()
+        batch = next(self._batches, None)
+        self.waited += time.perf_counter() - start
+        if batch is not None:
+            self._queue.append(self._put(batch))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self._queue:
+            raise StopIteration
+        batch = self._queue.popleft()
+        self._fill()
+        return batch
+
+    def reset(self) -> float:
+        """Seconds waited since the last call."""
+        waited, self.waited = self.waited, 0.0
+        return waited

@@ -1,0 +1,133 @@
+"""Where examples come from: TFDS data sets, by name or from a prepared directory.
+
+Both storage formats yield undecoded examples. ArrayRecord gives random access, so the order of an epoch is an exact
+permutation; TFRecord is read in a seeded shuffle (of files, then of a buffer) and resumed by skipping records.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from mto_jax.errors import UserError
+
+# TensorFlow feeds the host pipeline only; the accelerator is jax's.
+tf.config.set_visible_devices([], 'GPU')
+
+IMAGENET_STEPS = """\
+ImageNet has to be prepared once (about 300 GB of disk while it runs, 150 GB after):
+  1. Download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org/download-images
+     into {data_dir}/downloads/manual
+  2. python -c "import tensorflow_datasets as tfds; tfds.builder('imagenet2012', data_dir='{data_dir}', \
+file_format='array_record').download_and_prepare()"
+  3. Start again with --config.data.data_dir={data_dir}
+To try the project without ImageNet: python main.py --config=configs/quickstart.py"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set, as undecoded examples {'image': bytes, 'label': int64 (-1 without labels)}."""
+
+    builder: tfds.core.DatasetBuilder
+    split: str
+    shuffle_buffer: int
+
+    @property
+    def num_examples(self) -> int:
+        return self.builder.info.splits[self.split].num_examples
+
+    @property
+    def random_access(self) -> bool:
+        return self.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order of an epoch, an exact permutation, int64 (num_examples,). Random access only."""
+        return np.random.default_rng([seed, epoch]).permutation(self.num_examples)
+
+    def stream(self, positions: Iterator[np.ndarray]) -> tf.data.Dataset:
+        """Examples at the given positions, one array of them at a time. Random access only."""
+        records = self.builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+        def read():
+            for indices in positions:
+                yield np.array(records.__getitems__(indices.tolist()), object)
+
+        spec = tf.TensorSpec([None], tf.string)
+        return tf.data.Dataset.from_generator(read, output_signature=spec).unbatch().map(self._parse)
+
+    def shuffled(self, seed: int, epoch: int, skip: int) -> tf.data.Dataset:
+        """An epoch of a sequential format in a seeded order, without its first `skip` examples."""
+        state = int(np.random.default_rng([seed, epoch]).integers(2**31))
+        config = tfds.ReadConfig(shuffle_seed=state, try_autocache=False)
+        config.options.deterministic = True
+        ds = self.builder.as_dataset(self.split, shuffle_files=True, read_config=config, decoders=self._undecoded)
+        ds = ds.shuffle(self.shuffle_buffer, seed=state, reshuffle_each_iteration=False).skip(skip)
+        return ds.map(self._select)
+
+    def in_order(self) -> tf.data.Dataset:
+        """Every example once, in the order of the files."""
+        if self.random_access:
+            chunks = np.array_split(np.arange(self.num_examples), max(1, self.num_examples // 256))
+            return self.stream(chunks)
+        config = tfds.ReadConfig(try_autocache=False)
+        config.options.deterministic = True
+        return self.builder.as_dataset(
+            self.split, shuffle_files=False, read_config=config, decoders=self._undecoded
+        ).map(self._select)
+
+    @property
+    def _undecoded(self):
+        return {'image': tfds.decode.SkipDecoding()}
+
+    def _parse(self, serialized):
+        return self._select(self.builder.info.features.deserialize_example(serialized, decoders=self._undecoded))
+
+    def _select(self, example):
+        label = example.get('label', tf.constant(-1, tf.int64))
+        return {'image': example['image'], 'label': tf.cast(label, tf.int64)}
+
+
+def open_source(data, split: str) -> Source:
+    """Open one split of the data set that `config.data` names.
+
+    Raises:
+      UserError: if the data set or the split is missing or has no images, saying how to get it.
+    """
+    builder = _builder(data)
+    splits = builder.info.splits
+    try:
+        count = splits[split].num_examples
+    except (KeyError, ValueError):
+        raise UserError(
+            f'data: {builder.name} has no split {split!r}; it has {", ".join(splits) or "none"}'
+        ) from None
+    if not count:
+        raise UserError(f'data: the split {split!r} of {builder.name} is empty')
+    if 'image' not in builder.info.features:
+        raise UserError(f'data: {builder.name} has no feature "image"; it has {", ".join(builder.info.features)}')
+    return Source(builder, split, data.shuffle_buffer)
+
+
+def _builder(data) -> tfds.core.DatasetBuilder:
+    if not data.name:
+        if not (Path(data.data_dir) / 'dataset_info.json').exists() and '://' not in data.data_dir:
+            raise UserError(
+                f'data.data_dir is {data.data_dir!r}: no dataset_info.json there; give the folder of one prepared '
+                'version, like .../my_data/1.0.0, or a data set name in data.name'
+            )
+        return tfds.builder_from_directory(data.data_dir)
+    try:
+        builder = tfds.builder(data.name, data_dir=data.data_dir or None, try_gcs=False)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(f'data.name is {data.name!r}: TFDS knows no data set of that name') from None
+    if not builder.is_prepared():
+        root = data.data_dir or '~/tensorflow_datasets'
+        if data.name.startswith('imagenet2012'):
+            steps = IMAGENET_STEPS.format(data_dir=root)
+        else:
+            steps = f"Prepare it with tfds.builder({data.name!r}, data_dir='{root}').download_and_prepare()"
+        raise UserError(f'data: {data.name} is not prepared under {root}.\n{steps}')
+    return builder

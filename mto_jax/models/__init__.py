@@ -1,0 +1,1 @@
+"""The shared Vision Transformer and its parts."""

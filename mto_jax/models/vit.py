@@ -1,0 +1,267 @@
+"""The Vision Transformer that every method shares: a stack of blocks, and an image encoder around it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mto_jax import losses, mto
+from mto_jax.models import position
+from mto_jax.models.layers import Block, flat_xavier, layer_norm, trunc_normal_one_std
+
+# depth, width, heads
+SIZES = {
+    'nano': (4, 96, 4),
+    'micro': (6, 128, 4),
+    'ti': (12, 192, 3),
+    's': (12, 384, 6),
+    'b': (12, 768, 12),
+    'l': (24, 1024, 16),
+    'h': (32, 1280, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Everything that shapes an encoder, as plain values.
+
+    Attributes:
+      image_size: (height, width) in pixels; both divide by patch_size.
+      channels: of the images.
+      patch_size: side of a patch in pixels.
+      depth, width, heads: of the stack.
+      mlp_ratio: hidden over model width.
+      position: 'sincos' (fixed), 'learned', or 'none'.
+      relative_bias: add one relative-position bias table, shared by all blocks.
+      class_token: prepend a class token.
+      qkv_bias: which of queries, keys, values have a bias.
+      layer_scale: initial value, 0 for none.
+      drop_path: rate of the last block; it grows linearly from 0.
+      init: 'mae' (xavier uniform, normal tokens) or 'beit' (normals cut at one deviation, scaled with depth).
+      dtype: of matrix products and the residual stream; parameters are float32.
+      remat: recompute each block in the backward pass.
+      attention: implementation for jax.nn.dot_product_attention ('xla', 'cudnn'), or None.
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+    patch_size: int
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    position: str = 'sincos'
+    relative_bias: bool = False
+    class_token: bool = True
+    qkv_bias: str = 'qkv'
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    init: str = 'mae'
+    dtype: Any = jnp.float32
+    remat: bool = False
+    attention: str | None = None
+
+    def __post_init__(self):
+        for side, pixels in zip(('height', 'width'), self.image_size, strict=True):
+            if pixels % self.patch_size:
+                raise ValueError(f'image {side} {pixels} does not divide by model.patch_size {self.patch_size}')
+        if self.width % self.heads:
+            raise ValueError(f'model width {self.width} does not divide by {self.heads} heads')
+        for name, value, allowed in (
+            ('position', self.position, ('sincos', 'learned', 'none')),
+            ('init', self.init, ('mae', 'beit')),
+            ('qkv_bias', self.qkv_bias, ('qkv', 'qv', '')),
+        ):
+            if value not in allowed:
+                raise ValueError(f'model.{name} is {value!r}; it must be one of {allowed}')
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix(self) -> int:
+        return int(self.class_token)
+
+    @property
+    def weight_init(self):
+        return flat_xavier if self.init == 'mae' else trunc_normal_one_std()
+
+    @property
+    def token_init(self):
+        return nn.initializers.normal(0.02) if self.init == 'mae' else trunc_normal_one_std()
+
+
+@flax.struct.dataclass
+class Encoded:
+    """Output of a stack or an encoder.
+
+    Attributes:
+      tokens: (B, P + N, D), prefix tokens first.
+      stats: statistics of each block that MTO read, by block index.
+      embedded: (B, N, D) patch tokens, mask tokens in place, before positions; None where nothing is masked.
+    """
+
+    tokens: jax.Array
+    stats: Mapping[int, Mapping[str, jax.Array]]
+    embedded: jax.Array | None = None
+
+
+class Transformer(nn.Module):
+    """A stack of blocks. With `settings`, masked tokens are recalibrated and watched as MTO asks."""
+
+    arch: Architecture
+    settings: mto.Settings | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        bias: jax.Array | None = None,
+        masked: jax.Array | None = None,
+        embedded: jax.Array | None = None,
+        train: bool = False,
+        everything: bool = False,
+        depth: int | None = None,
+    ) -> Encoded:
+        """Apply the blocks.
+
+        Args:
+          x: (B, P + N, D).
+          bias: relative-position bias (h, P + N, P + N).
+          masked: bool (B, P + N); without it MTO does nothing.
+          embedded: the input before positions are added, (B, P + N, D), which MTO reads at block 0.
+          train: apply drop path.
+          everything: return all of MTO's statistics of every block.
+          depth: apply the first blocks only.
+        """
+        a, stats = self.arch, {}
+        block_class = nn.remat(Block, static_argnums=(5, 6, 7)) if a.remat else Block
+        for i in range(a.depth if depth is None else depth):
+            hook = None
+            if masked is not None and (self.settings or everything):
+                hook = (self.settings or mto.Settings()).hook(i, a.depth, everything)
+            block = block_class(
+                heads=a.heads,
+                mlp_ratio=a.mlp_ratio,
+                qkv_bias=a.qkv_bias,
+                kernel_init=a.weight_init,
+                out_init=a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))),
+                layer_scale=a.layer_scale,
+                drop_path=a.drop_path * i / max(a.depth - 1, 1),
+                implementation=a.attention,
+                dtype=a.dtype,
+                name=f'block{i}',
+            )
+            tokens = embedded if i == 0 and embedded is not None else x
+            x, read = block(x, bias, masked, tokens, hook, a.num_prefix, train)
+            if read:
+                stats[i] = read
+        return Encoded(x, stats)
+
+
+class ViT(nn.Module):
+    """An image encoder. Masked patches are either left out (`ids_keep`) or replaced by a mask token (`mask`)."""
+
+    arch: Architecture
+    settings: mto.Settings | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        ids_keep: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        everything: bool = False,
+        depth: int | None = None,
+    ) -> Encoded:
+        """Encode images (B, H, W, C), normalised floats.
+
+        Args:
+          ids_keep: int (B, K), the patches to encode (MAE).
+          mask: bool (B, N), the patches that a mask token stands for (SimMIM); creates that parameter.
+          train: apply drop path.
+          everything: return all of MTO's statistics.
+          depth: stop after this many blocks, without the final norm; None for all blocks and the norm.
+
+        Raises:
+          ValueError: where the images are not of the size the encoder was built for.
+        """
+        a = self.arch
+        if images.shape[1:] != (*a.image_size, a.channels):
+            raise ValueError(f'the encoder is built for images of {(*a.image_size, a.channels)}, got {images.shape[1:]}')
+        patches = losses.patchify(images, a.patch_size).astype(a.dtype)
+        patch_kwargs = {'dtype': a.dtype, 'kernel_init': a.weight_init, 'name': 'patch_embed'}
+        if a.init == 'mae':
+            # The official convolution keeps PyTorch's default bias, uniform in 1 / sqrt(fan in).
+            patch_kwargs['bias_init'] = torch_default_bias(patches.shape[-1])
+        x = nn.Dense(a.width, **patch_kwargs)(patches)
+        if mask is not None:
+            token = self.param('mask_token', a.token_init, (1, 1, a.width)).astype(a.dtype)
+            x = jnp.where(mask[..., None], token, x)
+        embedded = x
+
+        cls = self.param('cls_token', a.token_init, (1, 1, a.width)) if a.class_token else None
+        if a.position == 'sincos':
+            x = x + jnp.asarray(position.sincos_2d(a.grid, a.width), a.dtype)
+        elif a.position == 'learned':
+            table = self.param('pos_embed', trunc_normal_one_std(), (1, a.num_prefix + a.num_patches, a.width))
+            x = x + table[:, a.num_prefix :].astype(a.dtype)
+            cls = None if cls is None else cls + table[:, : a.num_prefix]
+        if ids_keep is not None:
+            x = jnp.take_along_axis(x, ids_keep[..., None], axis=1)
+        x = prepend(cls, x)
+
+        bias = None
+        if a.relative_bias:
+            shape = (position.num_relative_distances(a.grid), a.heads)
+            table = self.param('relative_bias_table', nn.initializers.zeros, shape)
+            bias = table[position.relative_index(a.grid, a.num_prefix)].transpose(2, 0, 1)
+        masked = None if mask is None else prefix_false(mask, a.num_prefix)
+        out = Transformer(a, self.settings, name='blocks')(
+            x,
+            bias=bias,
+            masked=masked,
+            embedded=None if mask is None else prepend(cls, embedded),
+            train=train,
+            everything=everything,
+            depth=depth,
+        )
+        if depth is None:
+            out = out.replace(tokens=layer_norm('norm')(out.tokens).astype(a.dtype))
+        return out.replace(embedded=embedded if mask is not None else None)
+
+
+def torch_default_bias(fan_in: int):
+    """PyTorch's default bias of a linear layer or convolution: uniform within 1 / sqrt(fan in)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = 1.0 / math.sqrt(fan_in)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def prepend(cls: jax.Array | None, x: jax.Array) -> jax.Array:
+    """x (B, N, D) behind a class token (1, 1, D), or alone where that is None."""
+    if cls is None:
+        return x
+    return jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], *cls.shape[1:])), x], axis=1)
+
+
+def prefix_false(mask: jax.Array, num_prefix: int) -> jax.Array:
+    """mask (B, N) with False for the prefix tokens in front."""
+    return jnp.pad(mask, ((0, 0), (num_prefix, 0)))

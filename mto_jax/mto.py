@@ -1,0 +1,425 @@
+"""Masked token optimization (MTO): weight recalibration, heterogeneity, and its three losses.
+
+Source of the idea: "Emerging Property of Masked Token for Effective Pre-training" (arXiv 2404.08330, ECCV 2024).
+Its equations are not public to us: every formula here is this project's own reading of the abstract and of published
+summaries (docs/method.md keeps the two apart). Everything is a pure function on arrays and knows no model.
+
+Notation: B images, h heads, N tokens of which the first P are prefix (class) tokens, L blocks of the stack that carries
+masked tokens. `masked` is bool (B, N), False for prefix tokens: they count as visible in the attention terms and belong
+to neither set in the token terms. `logits` (B, h, N, N) are scaled dot products before any bias and before
+recalibration, query axis before key axis. Statistics are float32, in logsumexp form, whatever the input's dtype.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SCHEDULES = ('none', 'exclude', 'ramp', 'adaptive')
+AFFINITIES = ('attention', 'attention_mean', 'token')
+MEASURES = ('entropy', 'density')
+# Below this weight a masked key is removed by a mask: its logarithm would only lose precision.
+MIN_GATE = 1e-4
+LN_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every choice of MTO. Hashable, so that it can be a static field of a model.
+
+    Attributes:
+      recalibration: schedule of the weight g of masked keys in visible rows: 'none'; 'exclude' (0 in the first
+        `initial_blocks`, then 1); 'ramp' (l / (L - 1)); 'adaptive' (1 - heterogeneity of each masked token).
+      initial_blocks: K, how many blocks count as initial; 0 for max(1, round(L / 4)), -1 for all of them.
+      blocks: the blocks the losses read; empty for all.
+      affinity: what heterogeneity's entropy is taken of: 'attention' logits per head, their mean over heads
+        ('attention_mean'), or 'token' products.
+      measure: what L_e uses: 'entropy' or 'density'.
+      scale_guard: divide attention logits by the (constant) standard deviation of the visible queries' own, so that
+        smaller query and key weights alone do not raise the entropy.
+      stop_keys: stop the gradient of heterogeneity into the visible keys.
+      margin: drop in heterogeneity that L_r asks of each block; at most 0.5 / (L - K).
+      w_spa, w_e, w_r: weights of L_spa, L_e, L_r; 0 turns a term off.
+      spa_entropy: add to L_spa the entropy of a visible row renormalised over the visible keys.
+      warmup: share of the training over which the three weights grow linearly from 0.
+      decay_e: let the weight of L_e fall linearly to 0 at the end of training.
+    """
+
+    recalibration: str = 'none'
+    initial_blocks: int = 0
+    blocks: tuple[int, ...] = ()
+    affinity: str = 'attention'
+    measure: str = 'entropy'
+    scale_guard: bool = False
+    stop_keys: bool = False
+    margin: float = 0.02
+    w_spa: float = 0.0
+    w_e: float = 0.0
+    w_r: float = 0.0
+    spa_entropy: bool = False
+    warmup: float = 0.05
+    decay_e: bool = False
+
+    def __post_init__(self):
+        for field, value, allowed in (
+            ('recalibration', self.recalibration, SCHEDULES),
+            ('affinity', self.affinity, AFFINITIES),
+            ('measure', self.measure, MEASURES),
+        ):
+            if value not in allowed:
+                raise ValueError(f'mto.{field} is {value!r}; it must be one of {", ".join(allowed)}')
+        for field in ('w_spa', 'w_e', 'w_r', 'margin'):
+            if getattr(self, field) < 0:
+                raise ValueError(f'mto.{field} is {getattr(self, field)}; it must not be negative')
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f'mto.warmup is {self.warmup}; it is a share of the training, in [0, 1)')
+        if self.initial_blocks < -1:
+            raise ValueError(f'mto.initial_blocks is {self.initial_blocks}; it must be -1, 0 or a count')
+
+    def validate(self, depth: int) -> None:
+        """Raise ValueError where the settings do not fit a stack of `depth` blocks."""
+        k = self.num_initial(depth)
+        if k > depth:
+            raise ValueError(f'mto.initial_blocks is {k} but the stack has {depth} blocks')
+        if any(not 0 <= b < depth for b in self.blocks):
+            raise ValueError(f'mto.blocks is {self.blocks}; the stack has blocks 0 to {depth - 1}')
+        if self.w_r and k < depth and self.margin > 0.5 / (depth - k):
+            raise ValueError(
+                f'mto.margin is {self.margin}; with {depth} blocks of which {k} are initial it is at most '
+                f'{0.5 / (depth - k):.4g}'
+            )
+        read = self.loss_blocks(depth)
+        if self.w_e and not any(b < k for b in read):
+            raise ValueError(f'mto.w_e is {self.w_e} but mto.blocks {self.blocks} has no block below {k}')
+        if self.w_r and not any(b >= k for b in read[1:]):
+            raise ValueError(f'mto.w_r is {self.w_r} but no block of mto.blocks follows another from {k} on')
+
+    @property
+    def has_losses(self) -> bool:
+        return bool(self.w_spa or self.w_e or self.w_r)
+
+    def num_initial(self, depth: int) -> int:
+        """K, the number of initial blocks in a stack of `depth`."""
+        if self.initial_blocks == -1:
+            return depth
+        return self.initial_blocks or max(1, round(depth / 4))
+
+    def loss_blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks whose statistics enter a loss, ascending. Blocks that no active term uses are left out."""
+        if not self.has_losses:
+            return ()
+        named = tuple(sorted(set(self.blocks))) or tuple(range(depth))
+        if self.w_spa or self.w_r:
+            return named
+        return tuple(b for b in named if b < self.num_initial(depth))
+
+    def hook(self, block: int, depth: int, everything: bool = False) -> 'BlockHook | None':
+        """What MTO does in one block, or None where it does nothing.
+
+        Args:
+          block: index of the block, from 0.
+          depth: number of blocks in the stack.
+          everything: read all statistics, for `diagnose`, instead of those the losses need.
+        """
+        gate = gates(self.recalibration, depth, self.num_initial(depth))[block]
+        adaptive = self.recalibration == 'adaptive'
+        read = everything or block in self.loss_blocks(depth)
+        if not read and not adaptive and gate == 1.0:
+            return None
+        return BlockHook(self, None if adaptive else float(gate), read, everything)
+
+
+def gates(schedule: str, depth: int, num_initial: int) -> np.ndarray:
+    """The weight g of masked keys per block, float (L,); ones for 'adaptive', whose gate depends on the data."""
+    layers = np.arange(depth)
+    if schedule == 'exclude':
+        return (layers >= num_initial).astype(float)
+    if schedule == 'ramp':
+        return layers / max(depth - 1, 1)
+    return np.ones(depth)
+
+
+def recalibrate(logits: jax.Array, masked: jax.Array, gate: float | jax.Array) -> jax.Array:
+    """Multiply the attention weight of masked keys in visible rows by `gate`, before the softmax renormalises it.
+
+    Args:
+      logits: (B, h, N, N), relative-position bias included.
+      masked: bool (B, N).
+      gate: g in [0, 1], a number or one value per key, (B, N). At most 1e-4 removes the key.
+
+    Returns:
+      float32 logits of the same shape; masked rows are untouched.
+    """
+    gate = jnp.broadcast_to(jnp.asarray(gate, jnp.float32), masked.shape)
+    removed = gate <= MIN_GATE
+    shift = jnp.where(removed, jnp.finfo(jnp.float32).min, jnp.log(jnp.where(removed, 1.0, gate)))
+    pairs = ~masked[:, None, :, None] & masked[:, None, None, :]
+    logits = logits.astype(jnp.float32)
+    # A minimum, not a sum, where a key is removed: a sum could overflow to -inf.
+    return jnp.where(pairs, jnp.where(removed[:, None, None, :], jnp.finfo(jnp.float32).min, logits + shift[:, None, None, :]), logits)
+
+
+def _mean_over(values: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Per-image mean (B,) of values (B, ..., N) over the chosen (B, N) entries of the last axis and all middle ones."""
+    chosen = jnp.broadcast_to(chosen.reshape(chosen.shape[0], *[1] * (values.ndim - 2), chosen.shape[1]), values.shape)
+    axes = tuple(range(1, values.ndim))
+    return jnp.where(chosen, values, 0.0).sum(axes) / chosen.sum(axes)
+
+
+def _logsumexp(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """logsumexp of logits (B, ..., N, N) over the chosen keys (B, N)."""
+    keys = keys.reshape(keys.shape[0], *[1] * (logits.ndim - 2), keys.shape[1])
+    return jax.nn.logsumexp(jnp.where(keys, logits, -jnp.inf), axis=-1)
+
+
+def _entropy(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Entropy (B, ..., N) in nats of softmax(logits) over the chosen keys (B, N): logsumexp(s) - sum p s."""
+    keys = keys.reshape(keys.shape[0], *[1] * (logits.ndim - 2), keys.shape[1])
+    # Shifting by the row's constant maximum keeps p * s small and leaves the entropy as it is.
+    s = logits - jax.lax.stop_gradient(jnp.where(keys, logits, -jnp.inf).max(-1, keepdims=True))
+    s = jnp.where(keys, s, 0.0)
+    weight = jnp.where(keys, jnp.exp(s), 0.0)
+    total = weight.sum(-1)
+    return jnp.log(total) - (weight * s).sum(-1) / total
+
+
+def layer_norm(tokens: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis without affine parameters, float32, eps 1e-6."""
+    tokens = tokens.astype(jnp.float32)
+    centred = tokens - tokens.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + LN_EPS)
+
+
+def token_affinity(tokens: jax.Array, stop_visible: jax.Array | None = None) -> jax.Array:
+    """<LN x_i, LN x_j> / sqrt(D), float32 (B, N, N), of tokens (B, N, D).
+
+    Args:
+      tokens: the tokens that enter a block.
+      stop_visible: bool (B, N); the gradient of these tokens is stopped.
+    """
+    x = layer_norm(tokens)
+    if stop_visible is not None:
+        x = jnp.where(stop_visible[..., None], jax.lax.stop_gradient(x), x)
+    return jnp.einsum('bid,bjd->bij', x, x, precision='highest') / math.sqrt(tokens.shape[-1])
+
+
+def heterogeneity(
+    affinity: jax.Array, masked: jax.Array, *, scale_guard: bool = False, per_token: bool = False
+) -> jax.Array:
+    """Entropy measure: how evenly masked tokens lean on the visible ones, in [0, 1]; 1 is fully heterogeneous.
+
+    `Het = mean over masked i of H(softmax over visible j of s_ij) / log|V|`, then the mean over heads (docs/method.md).
+
+    Args:
+      affinity: (B, h, N, N) attention logits or (B, N, N) token affinities.
+      masked: bool (B, N).
+      scale_guard: divide by the constant standard deviation of the visible queries' logits, per image and head.
+      per_token: return each token's own value (B, N), meaningful at masked positions, instead of the mean.
+
+    Returns:
+      float32 scalar, or (B, N).
+    """
+    s = affinity.astype(jnp.float32)
+    visible = ~masked
+    if scale_guard:
+        rows = visible.reshape(visible.shape[0], *[1] * (s.ndim - 3), visible.shape[1], 1)
+        cols = visible.reshape(visible.shape[0], *[1] * (s.ndim - 2), visible.shape[1])
+        std = jnp.std(s, axis=(-2, -1), where=jnp.broadcast_to(rows & cols, s.shape), keepdims=True)
+        s = s / jax.lax.stop_gradient(std + LN_EPS)
+    entropy = _entropy(s, visible)
+    log_v = jnp.log(visible.sum(-1).astype(jnp.float32))
+    het = entropy / log_v.reshape(-1, *[1] * (entropy.ndim - 1))
+    if per_token:
+        return het if het.ndim == 2 else het.mean(1)
+    return _mean_over(het, masked).mean()
+
+
+def density(tokens: jax.Array, masked: jax.Array, *, stop_visible: bool = False) -> jax.Array:
+    """Density measure rho: log-likelihood of masked tokens under a kernel estimate of the visible ones, relative.
+
+    `rho = mean_{i in M} logmeanexp_{j in V} s_ij - mean_{k in V} logmeanexp_{j in V, j != k} s_kj` with the token
+    affinity s; negative where masked tokens lie where the data are not (docs/method.md).
+
+    Args:
+      tokens: (B, N, D) without prefix tokens.
+      masked: bool (B, N).
+      stop_visible: stop the gradient into the visible tokens.
+
+    Returns:
+      float32 scalar, the mean over images.
+    """
+    visible = ~masked
+    s = token_affinity(tokens, visible if stop_visible else None)
+    count = visible.sum(-1, keepdims=True).astype(jnp.float32)
+    of_masked = _logsumexp(s, visible) - jnp.log(count)
+    others = jnp.where(jnp.eye(s.shape[-1], dtype=bool), -jnp.inf, jnp.where(visible[:, None, :], s, -jnp.inf))
+    of_visible = jax.nn.logsumexp(others, axis=-1) - jnp.log(count - 1)
+    return (_mean_over(of_masked, masked) - _mean_over(of_visible, visible)).mean()
+
+
+def spatial_term(logits: jax.Array, masked: jax.Array, entropy: bool = False) -> jax.Array:
+    """One block of L_spa: `mean_{i in V} [logsumexp_all(a_i) - logsumexp_V(a_i)]`, float32 scalar.
+
+    It is minus the log of the attention mass that visible queries keep on visible keys.
+
+    Args:
+      logits: (B, h, N, N) before recalibration.
+      masked: bool (B, N).
+      entropy: add the entropy of the row renormalised over the visible keys.
+    """
+    logits = logits.astype(jnp.float32)
+    visible = ~masked
+    row = jax.nn.logsumexp(logits, axis=-1) - _logsumexp(logits, visible)
+    if entropy:
+        row = row + _entropy(logits, visible)
+    return _mean_over(row, visible).mean()
+
+
+def masked_mass(logits: jax.Array, masked: jax.Array) -> jax.Array:
+    """Attention mass of visible queries on masked keys, divided by |M| / N: 1 means masked keys get an even share."""
+    logits = logits.astype(jnp.float32)
+    mass = jnp.exp(_logsumexp(logits, masked) - jax.nn.logsumexp(logits, axis=-1))
+    return (_mean_over(mass, ~masked) / masked.mean(-1)).mean()
+
+
+def singularity_loss(het_or_rho: Sequence[jax.Array], measure: str) -> jax.Array:
+    """L_e over the initial blocks: mean of 1 - Het ('entropy') or of softplus(rho) ('density')."""
+    values = jnp.stack(list(het_or_rho))
+    return jnp.mean(1.0 - values) if measure == 'entropy' else jnp.mean(jax.nn.softplus(values))
+
+
+def ranking_loss(het: Sequence[jax.Array], first: int, margin: float) -> jax.Array:
+    """L_r: `mean over l >= first of max(0, Het^l - stop_gradient(Het^(l-1)) + margin)`.
+
+    Args:
+      het: heterogeneity of the blocks read, in order.
+      first: index in `het` of the first block that must lie below the one before it, at least 1.
+      margin: how far below.
+    """
+    het = jnp.stack(list(het))
+    drop = het[first:] - jax.lax.stop_gradient(het[first - 1 : -1]) + margin
+    return jnp.maximum(drop, 0.0).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockHook:
+    """What one block does for MTO. The block calls `apply` once, between its logits and its softmax.
+
+    Attributes:
+      settings: the settings the hook was made from.
+      gate: g of this block; None where it is adaptive.
+      read: whether statistics are returned.
+      everything: whether these are all of them, for `diagnose`.
+    """
+
+    settings: Settings
+    gate: float | None
+    read: bool
+    everything: bool
+
+    def apply(
+        self,
+        logits: jax.Array,
+        bias: jax.Array | None,
+        masked: jax.Array,
+        tokens: jax.Array,
+        num_prefix: int,
+        logits_of: Callable[[jax.Array], jax.Array],
+        keys: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Recalibrated logits, and the statistics of this block.
+
+        Args:
+          logits: float32 (B, h, N, N), scaled dot products.
+          bias: relative-position bias, broadcastable to the logits, or None.
+          masked: bool (B, N).
+          tokens: (B, N, D) that enter the block; at block 0, before positions are added.
+          num_prefix: P, the number of prefix tokens.
+          logits_of: logits of this block's queries with the keys given to it.
+          keys: this block's keys, to be stopped.
+        """
+        s = self.settings
+        patches, patch_masked = tokens[:, num_prefix:], masked[:, num_prefix:]
+
+        def attention_affinity():
+            a = logits_of(jax.lax.stop_gradient(keys)) if s.stop_keys else logits
+            return a.mean(1) if s.affinity == 'attention_mean' else a
+
+        def entropy(affinity: str, per_token: bool = False):
+            if affinity == 'token':
+                stop = ~patch_masked if s.stop_keys else None
+                return heterogeneity(token_affinity(patches, stop), patch_masked, per_token=per_token)
+            return heterogeneity(attention_affinity(), masked, scale_guard=s.scale_guard, per_token=per_token)
+
+        biased = logits if bias is None else logits + bias.astype(jnp.float32)
+        gate = self.gate
+        if gate is None:
+            het = jax.lax.stop_gradient(entropy(s.affinity, per_token=True))
+            gate = jnp.pad(1.0 - het, ((0, 0), (masked.shape[1] - het.shape[1], 0)), constant_values=1.0)
+            gate = jnp.clip(gate, 0.0, 1.0)
+        out = biased if isinstance(gate, float) and gate == 1.0 else recalibrate(biased, masked, gate)
+        if not self.read:
+            return out, {}
+
+        stats = {}
+        if self.everything or s.w_spa:
+            stats['spa'] = spatial_term(logits, masked, s.spa_entropy)
+        if self.everything or s.w_r or (s.w_e and s.measure == 'entropy'):
+            stats['het'] = entropy(s.affinity)
+        if self.everything or (s.w_e and s.measure == 'density'):
+            stats['rho'] = density(patches, patch_masked, stop_visible=True)
+        if self.everything:
+            stats['het_token'] = entropy('token')
+            visible_rows = _entropy(logits, ~masked) / jnp.log((~masked).sum(-1).astype(jnp.float32))[:, None, None]
+            stats['het_visible'] = _mean_over(visible_rows, ~masked).mean()
+            stats['mass'] = masked_mass(logits, masked)
+            stats['mass_used'] = masked_mass(out, masked)
+        return out, stats
+
+
+def weights(settings: Settings, progress: jax.Array | float) -> dict[str, jax.Array]:
+    """Weights of the three terms at `progress` in [0, 1] of the training."""
+    progress = jnp.asarray(progress, jnp.float32)
+    grown = jnp.minimum(1.0, progress / settings.warmup) if settings.warmup else jnp.ones_like(progress)
+    fade = 1.0 - progress if settings.decay_e else 1.0
+    return {'spa': settings.w_spa * grown, 'e': settings.w_e * grown * fade, 'r': settings.w_r * grown}
+
+
+def losses(settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], depth: int) -> dict[str, jax.Array]:
+    """The active terms, unweighted: a subset of {'spa', 'e', 'r'}, float32 scalars.
+
+    Args:
+      settings: which terms are on.
+      stats: for each block that was read, what its hook returned.
+      depth: L, the number of blocks of the stack.
+    """
+    terms = {}
+    read = sorted(stats)
+    k = settings.num_initial(depth)
+    if settings.w_spa:
+        # The weight falls linearly with depth and is 0 in the last block, whose visible rows feed no decoder loss.
+        fall = [1.0 - b / max(depth - 1, 1) for b in read]
+        terms['spa'] = jnp.mean(jnp.stack([w * stats[b]['spa'] for w, b in zip(fall, read, strict=True)]))
+    if settings.w_e:
+        name = 'het' if settings.measure == 'entropy' else 'rho'
+        terms['e'] = singularity_loss([stats[b][name] for b in read if b < k], settings.measure)
+    if settings.w_r:
+        first = max(1, sum(b < k for b in read))
+        terms['r'] = ranking_loss([stats[b]['het'] for b in read], first, settings.margin)
+    return terms
+
+
+def token_distance(tokens: jax.Array, masked: jax.Array) -> jax.Array:
+    """Distance of the masked tokens from the visible ones, in standard deviations of the latter; float32 scalar.
+
+    Root mean square over the features of (mean masked - mean visible) / std visible, over all images at once; for
+    tokens (B, N, D) before positions are added and masked bool (B, N). 0: the mask token is the data's mean.
+    """
+    x = tokens.astype(jnp.float32)
+    vis = jnp.broadcast_to(~masked[..., None], x.shape)
+    mean, std = jnp.mean(x, (0, 1), where=vis), jnp.std(x, (0, 1), where=vis)
+    centre = jnp.mean(x, (0, 1), where=~vis)
+    return jnp.sqrt(jnp.mean(jnp.square((centre - mean) / (std + LN_EPS))))

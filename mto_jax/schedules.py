@@ -1,0 +1,38 @@
+"""Epoch and step arithmetic, and learning-rate schedules: functions of the step, usable under jit."""
+
+import optax
+
+from mto_jax.errors import UserError
+
+
+def to_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps in a number of epochs, rounded to the nearest (halves up); the last epoch may be partial."""
+    return int(epochs * steps_per_epoch + 0.5)
+
+
+def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """The schedule of `config.optim`: linear warm-up from 0, then cosine to `min_lr` or steps by `decay_factor`.
+
+    The peak is `base_lr * batch_size / lr_reference`. Step 0 has rate 0 where there is a warm-up; the cosine would
+    reach `min_lr` at `total_steps`, one step after the last update.
+
+    Raises:
+      UserError: for an unknown schedule, or a warm-up that is not shorter than the training.
+    """
+    peak = optim.base_lr * batch_size / optim.lr_reference
+    warmup = to_steps(optim.warmup_epochs, steps_per_epoch)
+    if warmup >= total_steps:
+        raise UserError(
+            f'optim.warmup_epochs is {optim.warmup_epochs} ({warmup} steps); it must be shorter than the training '
+            f'({total_steps} steps)'
+        )
+    if optim.schedule == 'cosine':
+        after = optax.cosine_decay_schedule(peak, total_steps - warmup, optim.min_lr / peak if peak else 0.0)
+    elif optim.schedule == 'multistep':
+        bounds = {to_steps(e, steps_per_epoch) - warmup: optim.decay_factor for e in optim.decay_epochs}
+        after = optax.piecewise_constant_schedule(peak, bounds)
+    else:
+        raise UserError(f'optim.schedule is {optim.schedule!r}; it must be cosine or multistep')
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
