@@ -17,7 +17,16 @@ from mto_jax.errors import UserError
 from mto_jax.train_state import TrainState
 
 # Fields that change what is shown or kept, not what is computed.
-FREE_FIELDS = ('log_', 'diagnose_every', 'checkpoints.', 'eval.', 'compare.', 'workdir', 'resume_anyway', 'task')
+FREE_FIELDS = (
+    'log_',
+    'diagnose_every',
+    'checkpoints.',
+    'eval.',
+    'compare.',
+    'workdir',
+    'resume_anyway',
+    'task',
+)
 FREE_FIELDS += ('checkpoint', 'data.data_dir', 'data.threads', 'data.val_split', 'data.test_split')
 
 
@@ -26,10 +35,12 @@ class Checkpointer:
 
     def __init__(self, workdir: Path | str, keep: int = 1):
         self.directory = Path(workdir).resolve() / 'checkpoints'
-        policy = preservation_policy.AnyPreservationPolicy([
-            preservation_policy.LatestN(keep),
-            preservation_policy.BestN(get_metric_fn=lambda m: m['score'], n=1),
-        ])
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(get_metric_fn=lambda m: m['score'], n=1),
+            ]
+        )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(preservation_policy=policy),
@@ -72,7 +83,9 @@ class Checkpointer:
     def restore_params(self, abstract: Any, step: int) -> Any:
         """The parameters of `step` alone. Raises as `restore`."""
         self.check(abstract, step, 'params')
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))['params']
+        return self._manager.restore(
+            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        )['params']
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that the checkpoint was saved with."""
@@ -96,7 +109,13 @@ class Checkpointer:
         if lines:
             more = [f'  ... and {len(lines) - 20} more'] if len(lines) > 20 else []
             raise UserError(
-                '\n'.join([f'the checkpoint {self.directory / str(step)} is of another model ({item}):', *lines[:20], *more])
+                '\n'.join(
+                    [
+                        f'the checkpoint {self.directory / str(step)} is of another model ({item}):',
+                        *lines[:20],
+                        *more,
+                    ]
+                )
             )
 
     def wait(self) -> None:

@@ -46,7 +46,9 @@ class DropPath(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or not self.rate:
             return x
-        keep = jax.random.bernoulli(self.make_rng('dropout'), 1.0 - self.rate, (x.shape[0], *[1] * (x.ndim - 1)))
+        keep = jax.random.bernoulli(
+            self.make_rng('dropout'), 1.0 - self.rate, (x.shape[0], *[1] * (x.ndim - 1))
+        )
         return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
 
 
@@ -57,7 +59,8 @@ class Attention(nn.Module):
       heads: number of heads.
       qkv_bias: which of queries, keys and values have a bias: 'qkv' (MAE), 'qv' (BEiT family) or ''.
       kernel_init, proj_init: initialisers of the fused and of the output matrix.
-      implementation: of `jax.nn.dot_product_attention`, used where no hook needs the logits; None lets jax choose.
+      implementation: of `jax.nn.dot_product_attention` ('xla', 'cudnn'), used where no hook needs the logits; None
+        for plain matrix products.
     """
 
     heads: int
@@ -90,7 +93,7 @@ class Attention(nn.Module):
         )
         scale = 1.0 / math.sqrt(d)
         stats = {}
-        if hook is None:
+        if hook is None and self.implementation:
             bias = None if bias is None else bias.astype(self.dtype)[None]
             out = jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=self.implementation)
         else:
@@ -98,7 +101,11 @@ class Attention(nn.Module):
             def logits_of(keys):
                 return scale * jnp.einsum('bqhd,bkhd->bhqk', q, keys, preferred_element_type=jnp.float32)
 
-            logits, stats = hook.apply(logits_of(k), bias, masked, tokens, num_prefix, logits_of, k)
+            logits = logits_of(k)
+            if hook is not None:
+                logits, stats = hook.apply(logits, bias, masked, tokens, num_prefix, logits_of, k)
+            elif bias is not None:
+                logits = logits + bias
             weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
             out = jnp.einsum('bhqk,bkhd->bqhd', weights, v)
         out = out.reshape(*out.shape[:2], width)
@@ -146,12 +153,20 @@ class Block(nn.Module):
             return DropPath(self.drop_path)(y, train)
 
         attention = Attention(
-            self.heads, self.qkv_bias, self.kernel_init, self.out_init, self.implementation, self.dtype, name='attn'
+            self.heads,
+            self.qkv_bias,
+            self.kernel_init,
+            self.out_init,
+            self.implementation,
+            self.dtype,
+            name='attn',
         )
         y, stats = attention(layer_norm('norm1')(x), bias, hook, masked, tokens, num_prefix)
         x = x + branch(y, 'attn')
         hidden = int(width * self.mlp_ratio)
-        y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(layer_norm('norm2')(x))
+        y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(
+            layer_norm('norm2')(x)
+        )
         y = nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name='mlp_out')(
             nn.gelu(y, approximate=False)
         )

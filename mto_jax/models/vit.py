@@ -45,7 +45,7 @@ class Architecture:
       init: 'mae' (xavier uniform, normal tokens) or 'beit' (normals cut at one deviation, scaled with depth).
       dtype: of matrix products and the residual stream; parameters are float32.
       remat: recompute each block in the backward pass.
-      attention: implementation for jax.nn.dot_product_attention ('xla', 'cudnn'), or None.
+      attention: implementation for jax.nn.dot_product_attention ('xla', 'cudnn'), or None for plain products.
     """
 
     image_size: tuple[int, int]
@@ -69,7 +69,9 @@ class Architecture:
     def __post_init__(self):
         for side, pixels in zip(('height', 'width'), self.image_size, strict=True):
             if pixels % self.patch_size:
-                raise ValueError(f'image {side} {pixels} does not divide by model.patch_size {self.patch_size}')
+                raise ValueError(
+                    f'image {side} {pixels} does not divide by model.patch_size {self.patch_size}'
+                )
         if self.width % self.heads:
             raise ValueError(f'model width {self.width} does not divide by {self.heads} heads')
         for name, value, allowed in (
@@ -157,7 +159,9 @@ class Transformer(nn.Module):
                 mlp_ratio=a.mlp_ratio,
                 qkv_bias=a.qkv_bias,
                 kernel_init=a.weight_init,
-                out_init=a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))),
+                out_init=a.weight_init
+                if a.init == 'mae'
+                else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))),
                 layer_scale=a.layer_scale,
                 drop_path=a.drop_path * i / max(a.depth - 1, 1),
                 implementation=a.attention,
@@ -202,7 +206,9 @@ class ViT(nn.Module):
         """
         a = self.arch
         if images.shape[1:] != (*a.image_size, a.channels):
-            raise ValueError(f'the encoder is built for images of {(*a.image_size, a.channels)}, got {images.shape[1:]}')
+            raise ValueError(
+                f'the encoder is built for images of {(*a.image_size, a.channels)}, got {images.shape[1:]}'
+            )
         patches = losses.patchify(images, a.patch_size).astype(a.dtype)
         patch_kwargs = {'dtype': a.dtype, 'kernel_init': a.weight_init, 'name': 'patch_embed'}
         if a.init == 'mae':
@@ -218,7 +224,9 @@ class ViT(nn.Module):
         if a.position == 'sincos':
             x = x + jnp.asarray(position.sincos_2d(a.grid, a.width), a.dtype)
         elif a.position == 'learned':
-            table = self.param('pos_embed', trunc_normal_one_std(), (1, a.num_prefix + a.num_patches, a.width))
+            table = self.param(
+                'pos_embed', trunc_normal_one_std(), (1, a.num_prefix + a.num_patches, a.width)
+            )
             x = x + table[:, a.num_prefix :].astype(a.dtype)
             cls = None if cls is None else cls + table[:, : a.num_prefix]
         if ids_keep is not None:

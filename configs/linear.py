@@ -1,0 +1,15 @@
+"""Linear-probe accuracy of a pre-trained encoder on the test split: logistic regression on frozen features.
+
+    python main.py --config=configs/linear.py --config.checkpoint=runs/mae_mto
+
+The model and the data come from the checkpoint's own config; the fields under `eval` from here. This is a quick,
+convex probe, comparable between encoders, not the augmented 90-epoch recipe that papers report.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.task = 'linear'
+    return c

@@ -1,0 +1,36 @@
+"""Entry point: python main.py --config=configs/<file>.py [--workdir=DIR] [--config.field=value ...]"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Where the run is kept; the same one resumes. Default: runs/<config>.'
+)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'unknown argument {argv[1]!r}; config fields are set with --config.field=value')
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.ERROR)  # the libraries' own chatter; --verbosity=0 shows it
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # Imported here, so that a mistyped flag is reported before TensorFlow is loaded.
+    from mto_jax import tasks
+    from mto_jax.errors import UserError
+
+    name = Path(config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]).stem
+    try:
+        tasks.run(_CONFIG.value, Path(_WORKDIR.value or _CONFIG.value.workdir or f'runs/{name}'))
+    except UserError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    flags.mark_flag_as_required('config')
+    app.run(main)

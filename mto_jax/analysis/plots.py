@@ -1,0 +1,99 @@
+"""Curves, heterogeneity and reconstructions as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+BLOCK_TERMS = {
+    'het': 'heterogeneity (attention entropy)',
+    'het_token': 'heterogeneity (token entropy)',
+    'rho': 'density of masked tokens (log, relative)',
+    'mass_used': 'visible-to-masked attention (1: even share)',
+}
+
+
+def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """One panel a logged term, one line a run. `runs`: {label: rows of `metrics.jsonl`}."""
+    skip = {'step', 'epoch', 'seconds_per_step'}
+    names = []
+    for rows in runs.values():
+        for row in rows:
+            names += [n for n in row if n not in skip and '/' not in n and n not in names]
+    if not names:
+        return
+    # Losses first, then what was measured beside them, in a stable order.
+    names.sort(key=lambda n: (not n.startswith(('loss', 'reconstruction', 'mto')), n))
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    fig = Figure(figsize=(3.6 * columns, 2.7 * lines), layout='constrained')
+    axes = np.atleast_1d(fig.subplots(lines, columns)).ravel()
+    for axis, name in zip(axes, names, strict=False):
+        for colour, (label, rows) in enumerate(runs.items()):
+            points = [(r['step'], r[name]) for r in rows if name in r]
+            if points:
+                marker = '.' if len(points) < 20 else None
+                axis.plot(*zip(*points, strict=True), label=label, color=f'C{colour}', marker=marker)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel('step', fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes[0].legend(fontsize=8)
+    for axis in axes[len(names) :]:
+        axis.axis('off')
+    fig.savefig(path, dpi=110)
+
+
+def per_block(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Each diagnosed term over the blocks, one line a step, dark to light. Rows hold 'block/<term>/<index>'."""
+    found = {}
+    for row in rows:
+        for term in BLOCK_TERMS:
+            values = [row[k] for k in sorted((k for k in row if k.startswith(f'block/{term}/')), key=_index)]
+            if values:
+                found.setdefault(term, []).append((row['step'], values))
+    if not found:
+        return
+    fig = Figure(figsize=(4.2 * len(found), 3.4), layout='constrained')
+    for axis, (term, lines) in zip(np.atleast_1d(fig.subplots(1, len(found))), found.items(), strict=True):
+        shown = (
+            lines if len(lines) <= 8 else [lines[i] for i in np.linspace(0, len(lines) - 1, 8).astype(int)]
+        )
+        colours = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(shown)))
+        for colour, (step, values) in zip(colours, shown, strict=True):
+            axis.plot(
+                range(len(values)), values, marker='o', markersize=3, color=colour, label=f'step {int(step)}'
+            )
+        axis.set_title(BLOCK_TERMS[term], fontsize=10)
+        axis.set_xlabel('block')
+        axis.set_xticks(range(len(lines[0][1])))
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+def triplets(path: Path, images: Mapping[str, np.ndarray], columns: int) -> None:
+    """Rows 'original', 'masked', 'reconstruction' of the first images, float (B, H, W, C) in [0, 1]."""
+    names = ('original', 'masked', 'reconstruction')
+    columns = min(columns, len(images['original']))
+    fig = Figure(figsize=(1.5 * columns + 0.3, 1.6 * len(names)), layout='constrained')
+    axes = fig.subplots(len(names), columns, squeeze=False)
+    for line, name in zip(axes, names, strict=True):
+        for axis, image in zip(line, np.asarray(images[name], np.float32), strict=False):
+            axis.imshow(as_rgb(image), interpolation='nearest')
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(name, fontsize=9)
+    fig.savefig(path, dpi=110)
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) as something that can be shown: one channel is repeated, of more than three the first are taken."""
+    return np.repeat(image[..., :1], 3, axis=-1) if image.shape[-1] < 3 else image[..., :3]
+
+
+def _index(name: str) -> int:
+    return int(name.rsplit('/', 1)[1])

@@ -1,0 +1,72 @@
+"""`config.task='compare'`: one pre-training without and one with MTO for each seed, probed beside simpler features."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mto_jax import evals, methods, objective, parallel, train_state, trainer
+from mto_jax.analysis import plots
+from mto_jax.evals import features
+from mto_jax.metrics import read_history, say
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, list[dict[str, float]]]:
+    """Train and probe; writes `results.json`, `results.md` and pictures into workdir.
+
+    Each run lies in `workdir/seed<s>/<name>`, where it resumes by itself. Test accuracies are in `results.json` as
+    {row: one dict a seed}.
+    """
+    mesh = parallel.make_mesh(config.mesh.data)
+    results: dict[str, list[dict[str, float]]] = {}
+
+    def measure(name, encode, params, setup):
+        say(f'probing {name} on {setup.data.test_split}')
+        results.setdefault(name, []).append(evals.probe(encode, params, setup, mesh, setup.data.test_split))
+
+    measure('raw pixels', features.raw_pixels, None, config)
+    for seed in config.compare.seeds:
+        for enabled in (False, True):
+            setup = ConfigDict(config.to_dict())
+            setup.task, setup.seed, setup.mto.enabled = 'pretrain', seed, enabled
+            method = methods.build(setup)
+            encode = features.encoder(method, setup)
+            name = f'{config.method} + MTO' if enabled else config.method
+            if not enabled:
+                init = partial(objective.init_params, method, train_state.stream(seed, 'init'))
+                measure(
+                    'random encoder', encode, jax.jit(init, out_shardings=parallel.replicated(mesh))(), setup
+                )
+            say(f'--- {name}, seed {seed}')
+            state = trainer.pretrain(setup, workdir / f'seed{seed}' / (config.method + '_mto' * enabled))
+            measure(name, encode, state.params, setup)
+
+    (workdir / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+    text = table(results, config.eval.knn_k[-1])
+    (workdir / 'results.md').write_text(text)
+    runs = {
+        p.parent.name + '/' + p.name: read_history(p) for p in sorted(workdir.glob('seed*/*')) if p.is_dir()
+    }
+    plots.curves(workdir / 'curves.png', runs)
+    say('\n' + text)
+    say(
+        f'table: {workdir / "results.md"}; curves: {workdir / "curves.png"}; each run has its own pictures below {workdir}'
+    )
+    return results
+
+
+def table(results: dict[str, list[dict[str, float]]], k: int) -> str:
+    """The mean of each row over its seeds, in percent, with the standard error of the mean from two seeds on."""
+    lines = [f'| features | seeds | linear probe | kNN (k={k}) |', '|---|---|---|---|']
+    order = sorted(results, key=lambda n: np.mean([r['linear'] for r in results[n]]))
+    for name in order:
+        cells = []
+        for column in ('linear', f'knn_{k}'):
+            values = 100 * np.array([r[column] for r in results[name]])
+            error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
+            cells.append(f'{values.mean():.1f}' + (f' ± {error:.1f}' if error is not None else ''))
+        lines.append(f'| {name} | {len(results[name])} | {cells[0]} | {cells[1]} |')
+    return '\n'.join(lines) + '\n'

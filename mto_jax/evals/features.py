@@ -1,0 +1,60 @@
+"""Frozen features of whole images."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mto_jax import parallel
+from mto_jax.data import augment
+from mto_jax.errors import UserError
+from mto_jax.methods import Method
+
+FEATURES = ('mean', 'class')
+
+
+def encoder(method: Method, config) -> Callable:
+    """`(params, uint8 images) -> float32 (B, D)`, jitted: the features that `config.eval` names.
+
+    Raises:
+      UserError: for unknown features, a class token the model does not have, or a depth it does not reach.
+    """
+    kind, depth, arch = config.eval.features, config.eval.depth or None, method.arch
+    if kind not in FEATURES:
+        raise UserError(f'eval.features is {kind!r}; it must be one of {", ".join(FEATURES)}')
+    if kind == 'class' and not arch.class_token:
+        raise UserError("eval.features is 'class' but the model has no class token (model.class_token)")
+    if depth and not 1 <= depth <= arch.depth:
+        raise UserError(f'eval.depth is {depth}; the encoder has {arch.depth} blocks')
+
+    @jax.jit
+    def encode(params, images):
+        x = augment.normalize(images, config.data.mean, config.data.std)
+        tokens = method.apply({'params': params}, x, depth, method='encode').astype(jnp.float32)
+        return tokens[:, 0] if kind == 'class' else tokens[:, arch.num_prefix :].mean(1)
+
+    return encode
+
+
+def raw_pixels(params, images: np.ndarray) -> np.ndarray:
+    """The images themselves, flattened to float32 (B, H * W * C) in [0, 1]: what any encoder should beat."""
+    return np.asarray(images, np.float32).reshape(len(images), -1) / 255.0
+
+
+def extract(encode: Callable, params, batches: Iterator, mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 (n, D) and labels int32 (n,) of all valid examples.
+
+    Raises:
+      UserError: if the examples have no labels.
+    """
+    features, labels = [], []
+    for batch in batches:
+        valid = batch['valid']
+        images = parallel.put_batch({'image': batch['image']}, mesh)['image']
+        features.append(np.asarray(encode(params, images))[valid])
+        labels.append(batch['label'][valid])
+    labels = np.concatenate(labels)
+    if (labels < 0).any():
+        raise UserError('evaluation: the data set has no feature "label", so probes cannot run on it')
+    return np.concatenate(features), labels

@@ -1,0 +1,70 @@
+"""A quick linear probe: multinomial logistic regression on frozen features, by L-BFGS on the device.
+
+The objective is convex, so the result depends on no learning rate, order or seed. The strength of the L2 penalty is
+chosen on a held-out tenth of the training features; the test features only report.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+@partial(jax.jit, static_argnames=('num_classes', 'steps'))
+def fit(x: jax.Array, labels: jax.Array, l2: jax.Array, num_classes: int, steps: int):
+    """Weights (D, classes) and biases (classes,) that minimise mean cross-entropy + l2 / 2 * |W|^2 over x (n, D)."""
+
+    def objective(p):
+        logits = x @ p['w'] + p['b']
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return nll + 0.5 * l2 * jnp.sum(jnp.square(p['w']))
+
+    solver = optax.lbfgs()
+    params = {'w': jnp.zeros((x.shape[1], num_classes)), 'b': jnp.zeros(num_classes)}
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(carry, _):
+        p, state = carry
+        value, grad = value_and_grad(p, state=state)
+        updates, state = solver.update(grad, state, p, value=value, grad=grad, value_fn=objective)
+        return (optax.apply_updates(p, updates), state), value
+
+    (params, _), _ = jax.lax.scan(step, (params, solver.init(params)), None, steps)
+    return params
+
+
+def accuracy(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    l2: Sequence[float],
+    steps: int,
+    num_classes: int,
+) -> tuple[float, float]:
+    """Share of test examples classified right, and the L2 strength that was chosen.
+
+    Args:
+      train, test: float (n, D) features; each is standardised with the training features' mean and deviation.
+      l2: candidates for the penalty.
+      steps: L-BFGS iterations.
+    """
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    x, y = jnp.asarray((train - mean) / std, jnp.float32), jnp.asarray(train_labels)
+    held = np.arange(len(train)) % 10 == 0
+
+    def right(p, features, labels):
+        return float((np.asarray(features @ p['w'] + p['b']).argmax(1) == labels).mean())
+
+    best = l2[0]
+    if len(l2) > 1:
+        scores = [
+            right(fit(x[~held], y[~held], s, num_classes, steps), x[held], train_labels[held]) for s in l2
+        ]
+        best = l2[int(np.argmax(scores))]
+    final = fit(x, y, best, num_classes, steps)
+    return right(final, (test - mean) / std, test_labels), best

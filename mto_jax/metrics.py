@@ -1,0 +1,93 @@
+"""Where numbers and pictures go: TensorBoard through clu, a line on the console, and `metrics.jsonl` for the plots."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import metric_writers, parameter_overview
+
+
+class Log:
+    """The record of one run, in its workdir. A resumed run drops what was written after the step it resumes from."""
+
+    def __init__(self, workdir: Path, start_step: int):
+        self.path = workdir / 'metrics.jsonl'
+        self._rows = [r for r in read_history(workdir) if r['step'] <= start_step]
+        self.path.write_text(''.join(json.dumps(r) + '\n' for r in self._rows))
+        self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        values = {k: float(v) for k, v in values.items()}
+        self._writer.write_scalars(step, values)
+        with self.path.open('a') as f:
+            f.write(json.dumps({'step': step, **values}) + '\n')
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """images: {name: float (B, H, W, C) in [0, 1]}."""
+        self._writer.write_images(step, images)
+
+    def close(self) -> None:
+        self._writer.flush()
+        self._writer.close()
+
+
+def read_history(workdir: Path) -> list[dict[str, float]]:
+    """The rows of `metrics.jsonl`, oldest first; empty without the file. A half-written last row is left out."""
+    path = workdir / 'metrics.jsonl'
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def say(text: str) -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def describe_params(params) -> str:
+    """The number of parameters, and the largest groups, on a few lines."""
+    sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+    total = parameter_overview.count_parameters(params)
+    return f'{total:,} parameters (' + ', '.join(f'{n} {s:,}' for n, s in sizes.items()) + ')'
+
+
+class Progress:
+    """Speed and time left of a loop over steps."""
+
+    def __init__(self, start_step: int, total_steps: int, batch_size: int, steps_per_epoch: int):
+        self._last_step, self._last_time = start_step, time.perf_counter()
+        self._total, self._batch, self._per_epoch = total_steps, batch_size, steps_per_epoch
+
+    def measure(self, step: int, waited: float) -> dict[str, float]:
+        """The epoch, and since the last call: images a second, seconds a step, share of the time waiting for data."""
+        now = time.perf_counter()
+        elapsed = now - self._last_time
+        seconds = elapsed / max(step - self._last_step, 1)
+        self._last_step, self._last_time = step, now
+        return {
+            'epoch': step / self._per_epoch,
+            'images_per_s': self._batch / seconds,
+            'seconds_per_step': seconds,
+            'data_wait': min(1.0, waited / elapsed),
+        }
+
+    def skip(self) -> None:
+        """Leave out the time since the last measure: an evaluation or a save ran in between."""
+        self._last_time = time.perf_counter()
+
+    def line(self, step: int, values: Mapping[str, float]) -> str:
+        left = int((self._total - step) * values['seconds_per_step'])
+        eta = f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
+        hidden = {'epoch', 'images_per_s', 'seconds_per_step', 'data_wait', 'param_norm'}
+        terms = ' '.join(f'{k} {v:.4g}' for k, v in values.items() if k not in hidden)
+        return (
+            f'step {step}/{self._total} epoch {values["epoch"]:.2f} | {terms} | '
+            f'{values["images_per_s"]:.0f} images/s, data wait {values["data_wait"]:.0%}, ETA {eta}'
+        )
