@@ -8,9 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Where the run is kept; the same one resumes. Default: runs/<config>.'
-)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; the same one resumes. Default: runs/<config>.')
 
 
 def main(argv):

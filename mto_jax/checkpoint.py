@@ -83,9 +83,7 @@ class Checkpointer:
     def restore_params(self, abstract: Any, step: int) -> Any:
         """The parameters of `step` alone. Raises as `restore`."""
         self.check(abstract, step, 'params')
-        return self._manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        )['params']
+        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))['params']
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that the checkpoint was saved with."""

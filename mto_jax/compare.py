@@ -37,9 +37,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, list[dict[str, float]]]:
             name = f'{config.method} + MTO' if enabled else config.method
             if not enabled:
                 init = partial(objective.init_params, method, train_state.stream(seed, 'init'))
-                measure(
-                    'random encoder', encode, jax.jit(init, out_shardings=parallel.replicated(mesh))(), setup
-                )
+                measure('random encoder', encode, jax.jit(init, out_shardings=parallel.replicated(mesh))(), setup)
             say(f'--- {name}, seed {seed}')
             state = trainer.pretrain(setup, workdir / f'seed{seed}' / (config.method + '_mto' * enabled))
             measure(name, encode, state.params, setup)
@@ -47,9 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, list[dict[str, float]]]:
     (workdir / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
     text = table(results, config.eval.knn_k[-1])
     (workdir / 'results.md').write_text(text)
-    runs = {
-        p.parent.name + '/' + p.name: read_history(p) for p in sorted(workdir.glob('seed*/*')) if p.is_dir()
-    }
+    runs = {p.parent.name + '/' + p.name: read_history(p) for p in sorted(workdir.glob('seed*/*')) if p.is_dir()}
     plots.curves(workdir / 'curves.png', runs)
     say('\n' + text)
     say(

@@ -168,9 +168,7 @@ def recalibrate(logits: jax.Array, masked: jax.Array, gate: float | jax.Array) -
 
 def _mean_over(values: jax.Array, chosen: jax.Array) -> jax.Array:
     """Per-image mean (B,) of values (B, ..., N) over the chosen (B, N) entries of the last axis and all middle ones."""
-    chosen = jnp.broadcast_to(
-        chosen.reshape(chosen.shape[0], *[1] * (values.ndim - 2), chosen.shape[1]), values.shape
-    )
+    chosen = jnp.broadcast_to(chosen.reshape(chosen.shape[0], *[1] * (values.ndim - 2), chosen.shape[1]), values.shape)
     axes = tuple(range(1, values.ndim))
     return jnp.where(chosen, values, 0.0).sum(axes) / chosen.sum(axes)
 
@@ -261,9 +259,7 @@ def density(tokens: jax.Array, masked: jax.Array, *, stop_visible: bool = False)
     s = token_affinity(tokens, visible if stop_visible else None)
     count = visible.sum(-1, keepdims=True).astype(jnp.float32)
     of_masked = _logsumexp(s, visible) - jnp.log(count)
-    others = jnp.where(
-        jnp.eye(s.shape[-1], dtype=bool), -jnp.inf, jnp.where(visible[:, None, :], s, -jnp.inf)
-    )
+    others = jnp.where(jnp.eye(s.shape[-1], dtype=bool), -jnp.inf, jnp.where(visible[:, None, :], s, -jnp.inf))
     of_visible = jax.nn.logsumexp(others, axis=-1) - jnp.log(count - 1)
     return (_mean_over(of_masked, masked) - _mean_over(of_visible, visible)).mean()
 
@@ -381,9 +377,7 @@ class BlockHook:
             stats['rho'] = density(patches, patch_masked, stop_visible=True)
         if self.everything:
             stats['het_token'] = entropy('token')
-            visible_rows = (
-                _entropy(logits, ~masked) / jnp.log((~masked).sum(-1).astype(jnp.float32))[:, None, None]
-            )
+            visible_rows = _entropy(logits, ~masked) / jnp.log((~masked).sum(-1).astype(jnp.float32))[:, None, None]
             stats['het_visible'] = _mean_over(visible_rows, ~masked).mean()
             stats['mass'] = masked_mass(logits, masked)
             stats['mass_used'] = masked_mass(out, masked)
@@ -398,9 +392,7 @@ def weights(settings: Settings, progress: jax.Array | float) -> dict[str, jax.Ar
     return {'spa': settings.w_spa * grown, 'e': settings.w_e * grown * fade, 'r': settings.w_r * grown}
 
 
-def losses(
-    settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], depth: int
-) -> dict[str, jax.Array]:
+def losses(settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], depth: int) -> dict[str, jax.Array]:
     """The active terms, unweighted: a subset of {'spa', 'e', 'r'}, float32 scalars.
 
     Args:

@@ -69,8 +69,6 @@ def _triplet(method, out, images, data):
     hidden = out.mask[..., None]
     # The true patches where visible: only the hidden ones were predicted with a loss.
     filled = jnp.where(hidden, method.apply({}, out, images, method='to_pixels'), true)
-    back = [
-        augment.denormalize(unpatchify(p, a.grid, a.patch_size), data.mean, data.std) for p in (true, filled)
-    ]
+    back = [augment.denormalize(unpatchify(p, a.grid, a.patch_size), data.mean, data.std) for p in (true, filled)]
     shown = unpatchify(jnp.broadcast_to(~hidden, true.shape), a.grid, a.patch_size)
     return {'original': back[0], 'masked': jnp.where(shown, back[0], 0.5), 'reconstruction': back[1]}

@@ -48,10 +48,7 @@ class Meter:
 
     def add(self, terms: Mapping[str, jax.Array], step: jax.Array) -> 'Meter':
         sums = {n: self.sums[n] + terms[n] for n in self.sums}
-        bad = {
-            n: jnp.where((first < 0) & ~jnp.isfinite(terms[n]), step, first)
-            for n, first in self.first_bad.items()
-        }
+        bad = {n: jnp.where((first < 0) & ~jnp.isfinite(terms[n]), step, first) for n, first in self.first_bad.items()}
         return Meter(sums, bad, self.count + 1)
 
 

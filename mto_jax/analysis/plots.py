@@ -59,14 +59,10 @@ def per_block(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
         return
     fig = Figure(figsize=(4.2 * len(found), 3.4), layout='constrained')
     for axis, (term, lines) in zip(np.atleast_1d(fig.subplots(1, len(found))), found.items(), strict=True):
-        shown = (
-            lines if len(lines) <= 8 else [lines[i] for i in np.linspace(0, len(lines) - 1, 8).astype(int)]
-        )
+        shown = lines if len(lines) <= 8 else [lines[i] for i in np.linspace(0, len(lines) - 1, 8).astype(int)]
         colours = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(shown)))
         for colour, (step, values) in zip(colours, shown, strict=True):
-            axis.plot(
-                range(len(values)), values, marker='o', markersize=3, color=colour, label=f'step {int(step)}'
-            )
+            axis.plot(range(len(values)), values, marker='o', markersize=3, color=colour, label=f'step {int(step)}')
         axis.set_title(BLOCK_TERMS[term], fontsize=10)
         axis.set_xlabel('block')
         axis.set_xticks(range(len(lines[0][1])))

@@ -20,9 +20,7 @@ def probe(encode: Callable, params, config, mesh, split: str, probes=PROBES) -> 
     """Accuracies on `split` of probes that learn from the training split: {'knn_<k>': share, 'linear': share}."""
     c, data = config.eval, config.data
     if c.batch_size % mesh.size:
-        raise UserError(
-            f'eval.batch_size is {c.batch_size}; it must be a multiple of the {mesh.size} devices'
-        )
+        raise UserError(f'eval.batch_size is {c.batch_size}; it must be a multiple of the {mesh.size} devices')
 
     def examples(name, limit=0):
         batches = pipeline.eval_batches(sources.open_source(data, name), data, c.batch_size, limit)

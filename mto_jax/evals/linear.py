@@ -62,9 +62,7 @@ def accuracy(
 
     best = l2[0]
     if len(l2) > 1:
-        scores = [
-            right(fit(x[~held], y[~held], s, num_classes, steps), x[held], train_labels[held]) for s in l2
-        ]
+        scores = [right(fit(x[~held], y[~held], s, num_classes, steps), x[held], train_labels[held]) for s in l2]
         best = l2[int(np.argmax(scores))]
     final = fit(x, y, best, num_classes, steps)
     return right(final, (test - mean) / std, test_labels), best

@@ -44,9 +44,7 @@ class SimMIM(methods.Method):
         predictions = self.head(encoded.tokens[:, a.num_prefix :])
         target = losses.patchify(images.astype(jnp.float32), a.patch_size)
         loss = losses.masked_l1(predictions, target, mask)
-        return methods.Output(
-            {'reconstruction': loss}, predictions, target, mask, encoded.stats, encoded.embedded
-        )
+        return methods.Output({'reconstruction': loss}, predictions, target, mask, encoded.stats, encoded.embedded)
 
     def encode(self, images, depth=None):
         return self.encoder(images, depth=depth).tokens
@@ -56,9 +54,7 @@ def build(config) -> SimMIM:
     """SimMIM from `config.model`, `config.simmim`, `config.mto` and `config.data`."""
     arch, unit = methods.architecture(config), config.simmim.mask_unit
     if arch.grid[0] % unit or arch.grid[1] % unit:
-        raise ValueError(
-            f'simmim.mask_unit is {unit} patches; it must divide the grid of {arch.grid} patches'
-        )
+        raise ValueError(f'simmim.mask_unit is {unit} patches; it must divide the grid of {arch.grid} patches')
     units = arch.num_patches // unit**2
     masked = masking.num_masked_units(arch.grid, unit, config.mask_ratio)
     if not 1 <= masked < units:

@@ -46,9 +46,7 @@ class DropPath(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or not self.rate:
             return x
-        keep = jax.random.bernoulli(
-            self.make_rng('dropout'), 1.0 - self.rate, (x.shape[0], *[1] * (x.ndim - 1))
-        )
+        keep = jax.random.bernoulli(self.make_rng('dropout'), 1.0 - self.rate, (x.shape[0], *[1] * (x.ndim - 1)))
         return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
 
 
@@ -164,10 +162,6 @@ class Block(nn.Module):
         y, stats = attention(layer_norm('norm1')(x), bias, hook, masked, tokens, num_prefix)
         x = x + branch(y, 'attn')
         hidden = int(width * self.mlp_ratio)
-        y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(
-            layer_norm('norm2')(x)
-        )
-        y = nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name='mlp_out')(
-            nn.gelu(y, approximate=False)
-        )
+        y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(layer_norm('norm2')(x))
+        y = nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name='mlp_out')(nn.gelu(y, approximate=False))
         return x + branch(y, 'mlp'), stats

@@ -69,9 +69,7 @@ class Architecture:
     def __post_init__(self):
         for side, pixels in zip(('height', 'width'), self.image_size, strict=True):
             if pixels % self.patch_size:
-                raise ValueError(
-                    f'image {side} {pixels} does not divide by model.patch_size {self.patch_size}'
-                )
+                raise ValueError(f'image {side} {pixels} does not divide by model.patch_size {self.patch_size}')
         if self.width % self.heads:
             raise ValueError(f'model width {self.width} does not divide by {self.heads} heads')
         for name, value, allowed in (
@@ -159,9 +157,7 @@ class Transformer(nn.Module):
                 mlp_ratio=a.mlp_ratio,
                 qkv_bias=a.qkv_bias,
                 kernel_init=a.weight_init,
-                out_init=a.weight_init
-                if a.init == 'mae'
-                else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))),
+                out_init=a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))),
                 layer_scale=a.layer_scale,
                 drop_path=a.drop_path * i / max(a.depth - 1, 1),
                 implementation=a.attention,
@@ -224,9 +220,7 @@ class ViT(nn.Module):
         if a.position == 'sincos':
             x = x + jnp.asarray(position.sincos_2d(a.grid, a.width), a.dtype)
         elif a.position == 'learned':
-            table = self.param(
-                'pos_embed', trunc_normal_one_std(), (1, a.num_prefix + a.num_patches, a.width)
-            )
+            table = self.param('pos_embed', trunc_normal_one_std(), (1, a.num_prefix + a.num_patches, a.width))
             x = x + table[:, a.num_prefix :].astype(a.dtype)
             cls = None if cls is None else cls + table[:, : a.num_prefix]
         if ids_keep is not None:

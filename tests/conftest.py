@@ -1,0 +1,48 @@
+"""Fixtures: small configs on the embedded data, and nothing that needs a network."""
+
+import os
+
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import numpy as np
+import pytest
+from absl import logging
+
+from configs import base
+
+logging.set_verbosity(logging.ERROR)
+
+
+@pytest.fixture
+def rng():
+    """Fresh random numbers each run; a failure prints the seed."""
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f'seed {seed}')
+    return np.random.default_rng(seed)
+
+
+def shrink(c):
+    """Any config, cut down to a model of two narrow blocks and a few steps on the embedded images."""
+    d = c.data
+    d.name, d.data_dir = 'fashion_mnist_12k', 'data'
+    d.train_split, d.val_split, d.test_split = 'train[:130]', 'train[130:190]', 'test[:70]'
+    d.image_size, d.channels, d.num_classes = (28, 28), 1, 10
+    d.mean, d.std = (0.286,), (0.353,)
+    d.eval_resize = 0
+    m = c.model
+    m.depth, m.width, m.heads, m.patch_size = 2, 16, 2, 7
+    c.mae.decoder_depth, c.mae.decoder_width, c.mae.decoder_heads = 2, 8, 2
+    c.batch_size = 32
+    c.epochs, c.optim.warmup_epochs, c.optim.decay_epochs = 2.0, 0.5, ()
+    c.log_every, c.diagnose_every, c.checkpoints.every = 3, 4, 2
+    c.eval.every_epochs, c.eval.batch_size, c.eval.linear_steps = 0.0, 32, 20
+    return c
+
+
+@pytest.fixture
+def config():
+    """A shrunk MAE without MTO, in float32."""
+    c = shrink(base.get_config())
+    c.model.dtype = 'float32'
+    return c
