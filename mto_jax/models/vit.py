@@ -16,7 +16,7 @@ from mto_jax.models.layers import Block, flat_xavier, layer_norm, trunc_normal_o
 
 # depth, width, heads
 SIZES = {
-    'nano': (4, 96, 4),
+    'nano': (6, 64, 4),
     'micro': (6, 128, 4),
     'ti': (12, 192, 3),
     's': (12, 384, 6),

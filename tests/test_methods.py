@@ -1,0 +1,365 @@
+"""MAE against Hugging Face's ViTMAEForPreTraining, SimMIM against a float64 numpy form, and the MTO hook in both."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mto_jax import losses, masking, methods, mto, objective
+from mto_jax.methods import simmim
+from mto_jax.models import position, vit
+from tests.conftest import shrink
+
+
+def randomised(params, rng, scale=0.2):
+    """Every parameter redrawn, so that no zero or one hides an error."""
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * scale + (p == 1), jnp.float32), params)
+
+
+def to_hugging_face(params, model, torch):
+    """Copy mto_jax's MAE parameters into a ViTMAEForPreTraining."""
+
+    def dense(p):
+        return {'weight': np.asarray(p['kernel']).T, 'bias': np.asarray(p['bias'])}
+
+    def norm(p):
+        return {'weight': np.asarray(p['scale']), 'bias': np.asarray(p['bias'])}
+
+    def block(p, width):
+        out = {'layernorm_before': norm(p['norm1']), 'layernorm_after': norm(p['norm2'])}
+        kernel = np.asarray(p['attn']['qkv_kernel']).reshape(width, 3, width)
+        for i, name in enumerate('qkv'):
+            bias = np.asarray(p['attn'][f'{name}_bias']).ravel()
+            out[f'attention.{name}_proj'] = {'weight': kernel[:, i].T, 'bias': bias}
+        out['attention.o_proj'] = dense(p['attn']['proj'])
+        out['mlp.fc1'], out['mlp.fc2'] = dense(p['mlp_in']), dense(p['mlp_out'])
+        return out
+
+    enc, dec, cfg = params['encoder'], params['decoder'], model.config
+    p, c = cfg.patch_size, cfg.num_channels
+    kernel = np.asarray(enc['patch_embed']['kernel']).reshape(p, p, c, -1).transpose(3, 2, 0, 1)
+    groups = {
+        'vit.embeddings.patch_embeddings.projection': {'weight': kernel, 'bias': np.asarray(enc['patch_embed']['bias'])},
+        'vit.layernorm': norm(enc['norm']),
+        'decoder.decoder_embed': dense(dec['embed']),
+        'decoder.decoder_norm': norm(dec['norm']),
+        'decoder.decoder_pred': dense(dec['pred']),
+    }
+    for i in range(cfg.num_hidden_layers):
+        for n, v in block(enc['blocks'][f'block{i}'], cfg.hidden_size).items():
+            groups[f'vit.layers.{i}.{n}'] = v
+    for i in range(cfg.decoder_num_hidden_layers):
+        for n, v in block(dec['blocks'][f'block{i}'], cfg.decoder_hidden_size).items():
+            groups[f'decoder.decoder_layers.{i}.{n}'] = v
+    state = {f'{g}.{n}': v for g, values in groups.items() for n, v in values.items()}
+    state['vit.embeddings.cls_token'] = np.asarray(enc['cls_token'])
+    state['decoder.mask_token'] = np.asarray(dec['mask_token'])
+    # The positions are the peer's own function, not ours.
+    from transformers.models.vit_mae.modeling_vit_mae import get_2d_sincos_pos_embed
+
+    grid = cfg.image_size // p
+    for name, width in (
+        ('vit.embeddings.position_embeddings', cfg.hidden_size),
+        ('decoder.decoder_pos_embed', cfg.decoder_hidden_size),
+    ):
+        state[name] = np.asarray(get_2d_sincos_pos_embed(width, grid, add_cls_token=True), np.float32)[None]
+    missing, unexpected = model.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
+    assert not unexpected, unexpected
+    assert not missing, missing
+
+
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize('norm_pix_loss', [False, True])
+def test_mae_against_hugging_face(config, rng, norm_pix_loss):
+    torch = pytest.importorskip('torch', reason='PyTorch is not installed (requirements-peers.txt)')
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed (requirements-peers.txt)')
+    config.data.image_size, config.data.channels = (32, 32), 3
+    config.model.patch_size, config.model.width, config.model.heads = 8, 32, 4
+    config.mae.decoder_width, config.mae.norm_pix_loss = 16, norm_pix_loss
+    method = methods.build(config)
+    params = randomised(objective.init_params(method, jax.random.key(0)), rng)
+    peer = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=32,
+            patch_size=8,
+            decoder_hidden_size=16,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=64,
+            mask_ratio=0.75,
+            norm_pix_loss=norm_pix_loss,
+            layer_norm_eps=1e-6,
+            hidden_act='gelu',
+        )
+    ).eval()
+    to_hugging_face(params, peer, torch)
+    # The peer's decoder hard-codes PyTorch's default epsilon in its own norms; ours follow the official 1e-6.
+    for module in peer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
+
+    images, noise = rng.normal(size=(5, 32, 32, 3)).astype(np.float32), rng.uniform(size=(5, 16)).astype(np.float32)
+    with torch.no_grad():
+        theirs = peer(torch.tensor(images.transpose(0, 3, 1, 2)), noise=torch.tensor(noise))
+    ours = jax.jit(lambda p, x, n: method.apply({'params': p}, x, noise=n))(params, images, noise)
+    np.testing.assert_array_equal(ours.mask, theirs.mask.numpy().astype(bool))
+    np.testing.assert_allclose(ours.predictions, theirs.logits.numpy(), atol=1e-4)
+    assert abs(float(ours.losses['reconstruction']) - float(theirs.loss)) < 1e-5
+    target = losses.patchify(jnp.asarray(images), 8)
+    np.testing.assert_allclose(target, peer.patchify(torch.tensor(images.transpose(0, 3, 1, 2))).numpy(), atol=1e-6)
+
+
+def np_layer_norm(x, p):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * p['scale'] + p['bias']
+
+
+def np_gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def np_simmim(p, images, hidden, grid, patch, heads):
+    """SimMIM written from its description, one image and one head at a time, in float64."""
+    enc, (gh, gw) = p['encoder'], grid
+    total, count, predictions = 0.0, 0, []
+    for image, mask in zip(images, hidden, strict=True):
+        patches = [
+            image[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].ravel() for r in range(gh) for c in range(gw)
+        ]
+        x = np.stack(patches) @ enc['patch_embed']['kernel'] + enc['patch_embed']['bias']
+        x[mask] = enc['mask_token'][0, 0]
+        x = np.concatenate([enc['cls_token'][0], x])
+        n, width = x.shape
+        last = (2 * gh - 1) * (2 * gw - 1)
+        bias = np.zeros((heads, n, n))
+        for i in range(n):
+            for j in range(n):
+                if i and j:
+                    dr, dc = (i - 1) // gw - (j - 1) // gw, (i - 1) % gw - (j - 1) % gw
+                    row = (dr + gh - 1) * (2 * gw - 1) + dc + gw - 1
+                else:
+                    row = last + (2 if i == j == 0 else 0 if i == 0 else 1)
+                bias[:, i, j] = enc['relative_bias_table'][row]
+        for b in range(len(enc['blocks'])):
+            q = enc['blocks'][f'block{b}']
+            a, y, out = q['attn'], np_layer_norm(x, q['norm1']), []
+            for h in range(heads):
+                qi = y @ a['qkv_kernel'][:, 0, h] + a['q_bias'][h]
+                ki = y @ a['qkv_kernel'][:, 1, h]
+                vi = y @ a['qkv_kernel'][:, 2, h] + a['v_bias'][h]
+                s = np.exp(qi @ ki.T / math.sqrt(qi.shape[1]) + bias[h])
+                out.append(s / s.sum(-1, keepdims=True) @ vi)
+            x = x + q['gamma_attn'] * (np.concatenate(out, -1) @ a['proj']['kernel'] + a['proj']['bias'])
+            y = np_gelu(np_layer_norm(x, q['norm2']) @ q['mlp_in']['kernel'] + q['mlp_in']['bias'])
+            x = x + q['gamma_mlp'] * (y @ q['mlp_out']['kernel'] + q['mlp_out']['bias'])
+        y = np_layer_norm(x, enc['norm'])[1:] @ p['head']['kernel'] + p['head']['bias']
+        predictions.append(y)
+        total += np.abs(y - np.stack(patches))[mask].sum()
+        count += mask.sum() * patches[0].size
+    return np.stack(predictions), total / count
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_simmim_against_numpy(rng, dtype):
+    from configs import simmim as simmim_config
+
+    c = shrink(simmim_config.get_config())
+    c.data.image_size, c.data.channels = (16, 24), 2
+    c.data.mean, c.data.std = (0.5, 0.5), (0.5, 0.5)
+    c.model.patch_size, c.model.drop_path, c.model.dtype, c.model.attention = 4, 0.0, dtype, ''
+    method = methods.build(c)
+    params = randomised(objective.init_params(method, jax.random.key(1)), rng)
+    images, noise = rng.normal(size=(3, 16, 24, 2)).astype(np.float32), rng.uniform(size=(3, 6)).astype(np.float32)
+    out = jax.jit(lambda p, x, n: method.apply({'params': p}, x, noise=n))(params, images, noise)
+    # The units with the least noise are hidden: 4 of 6, each of 2 x 2 patches.
+    units = noise.argsort(1).argsort(1) < 4
+    hidden = units.reshape(3, 2, 1, 3, 1).repeat(2, 2).repeat(2, 4).reshape(3, 24)
+    np.testing.assert_array_equal(out.mask, hidden)
+    p64 = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    predictions, loss = np_simmim(p64, images.astype(np.float64), hidden, (4, 6), 4, 2)
+    tol = 1e-4 if dtype == 'float32' else 0.25
+    np.testing.assert_allclose(out.predictions, predictions, atol=tol)
+    assert float(out.losses['reconstruction']) == pytest.approx(loss, rel=1e-5 if dtype == 'float32' else 2e-2)
+
+
+def test_attention_implementations_agree(config, rng):
+    """jax's fused form and plain products, with a relative bias, give the same tokens."""
+    config.method, config.mask_ratio = 'simmim', 0.5
+    config.model.relative_bias, config.model.position = True, 'none'
+    images = rng.normal(size=(4, 28, 28, 1)).astype(np.float32)
+    tokens = {}
+    for name in ('', 'xla'):
+        config.model.attention = name
+        method = methods.build(config)
+        params = randomised(objective.init_params(method, jax.random.key(0)), np.random.default_rng(0))
+        tokens[name] = method.apply({'params': params}, images, method='encode')
+    np.testing.assert_allclose(tokens[''], tokens['xla'], atol=2e-5)
+
+
+@pytest.mark.parametrize('name', ['mae', 'simmim'])
+def test_reading_statistics_does_not_change_the_forward(config, rng, name):
+    """MTO's losses without recalibration only look: the predictions are those of the plain method."""
+    config.method, config.mask_ratio = name, 0.5
+    images = rng.normal(size=(4, 28, 28, 1)).astype(np.float32)
+    plain = methods.build(config)
+    config.mto.enabled, config.mto.w_e, config.mto.w_r, config.mto.w_spa = True, 1.0, 1.0, 1.0
+    watched = methods.build(config)
+    params = objective.init_params(plain, jax.random.key(0))
+    outs = [m.apply({'params': params}, images, rngs={'mask': jax.random.key(3)}) for m in (plain, watched)]
+    np.testing.assert_allclose(outs[0].predictions, outs[1].predictions, atol=2e-6)
+    assert not outs[0].stats
+    assert sorted(outs[1].stats) == [0, 1]
+
+
+@pytest.mark.parametrize('name', ['mae', 'simmim'])
+def test_exclusion_keeps_visible_tokens_clean(config, rng, name):
+    """With g = 0 in all blocks, no masked token reaches a visible one: their gradient to the mask token is 0."""
+    config.method, config.mask_ratio = name, 0.5
+    config.mto.enabled, config.mto.recalibration, config.mto.initial_blocks = True, 'exclude', -1
+    method = methods.build(config)
+    images = rng.normal(size=(4, 28, 28, 1)).astype(np.float32)
+    params = randomised(objective.init_params(method, jax.random.key(0)), rng)
+    owner = 'decoder' if name == 'mae' else 'encoder'
+
+    def side(token, hidden):
+        moved = {**params, owner: {**params[owner], 'mask_token': token}}
+        out = method.apply({'params': moved}, images, rngs={'mask': jax.random.key(3)})
+        return jnp.where((out.mask == hidden)[..., None], out.predictions, 0.0).sum()
+
+    token = params[owner]['mask_token']
+    assert np.abs(jax.grad(side)(token, False)).max() == 0
+    assert np.abs(jax.grad(side)(token, True)).max() > 0
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', ['mae', 'simmim'])
+def test_initial_gradients_are_finite(config, name, dtype):
+    """All of MTO at once, at initialisation, with a constant image among the images."""
+    config.method, config.mask_ratio, config.model.dtype = name, 0.5, dtype
+    config.mto.enabled, config.mto.recalibration = True, 'adaptive'
+    config.mto.w_e, config.mto.w_r, config.mto.w_spa, config.mto.warmup = 1.0, 1.0, 1.0, 0.0
+    method = methods.build(config)
+    params = objective.init_params(method, jax.random.key(0))
+    images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
+    images[0] = 0
+    loss_fn = objective.pretrain_loss(method, config.data)
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, {'image': images}, jax.random.key(0), 0.5)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_reconstruction_is_unnormalised_with_the_patch_statistics(config, rng):
+    """Predicting the target exactly must give back the pixels, also where the target is normalised."""
+    method = methods.build(config)
+    images = jnp.asarray(rng.normal(size=(2, 28, 28, 1)), jnp.float32)
+    target = losses.normalize_patches(losses.patchify(images, 7))
+    out = methods.Output({}, target, target, jnp.ones((2, 16), bool), {}, target)
+    pixels = losses.unpatchify(method.apply({}, out, images, method='to_pixels'), (4, 4), 7)
+    np.testing.assert_allclose(pixels, images, atol=1e-5)
+
+
+def test_normalised_target_by_hand():
+    """1, 2, 3, 6: mean 3, unbiased variance 14 / 3."""
+    got = losses.normalize_patches(jnp.array([[[1.0, 2.0, 3.0, 6.0]]]))
+    np.testing.assert_allclose(got[0, 0], (np.array([1, 2, 3, 6]) - 3) / math.sqrt(14 / 3 + 1e-6), rtol=1e-6)
+
+
+def test_sincos_by_hand():
+    """Width 4: column sine, column cosine, row sine, row cosine, at frequency 1."""
+    table = position.sincos_2d((2, 3), 4)
+    r, c = 1, 2
+    np.testing.assert_allclose(table[r * 3 + c], [np.sin(c), np.cos(c), np.sin(r), np.cos(r)], rtol=1e-6)
+
+
+def test_initial_distributions_of_the_beit_family():
+    """Normals cut at one deviation, not rescaled, and divided by sqrt(2 (l + 1)) in block l."""
+    from configs import simmim as simmim_config
+
+    c = shrink(simmim_config.get_config())
+    c.model.width, c.model.depth = 128, 2
+    p = objective.init_params(simmim.build(c), jax.random.key(0))['encoder']
+    kernel = np.asarray(p['blocks']['block1']['mlp_in']['kernel'])
+    assert np.abs(kernel).max() <= 0.02
+    assert kernel.std() == pytest.approx(0.02 * 0.5396, rel=0.03)
+    last = np.asarray(p['blocks']['block1']['mlp_out']['kernel'])
+    assert last.std() == pytest.approx(0.02 * 0.5396 / 2, rel=0.03)
+    assert not np.asarray(p['relative_bias_table']).any()
+    assert 'k_bias' not in p['blocks']['block0']['attn']
+
+
+def test_initial_distributions_of_mae(config):
+    config.model.width, config.model.heads = 96, 4
+    p = objective.init_params(methods.build(config), jax.random.key(0))['encoder']
+    qkv = np.asarray(p['blocks']['block0']['attn']['qkv_kernel'])
+    bound = math.sqrt(6 / (96 + 3 * 96))
+    assert 0.98 * bound < np.abs(qkv).max() <= bound
+    assert np.asarray(p['cls_token']).std() == pytest.approx(0.02, rel=0.35)
+
+
+def test_drop_path_keeps_the_mean():
+    from mto_jax.models.layers import DropPath
+
+    out = DropPath(0.25).apply({}, jnp.ones((4000, 2, 3)), True, rngs={'dropout': jax.random.key(0)})
+    dropped = np.asarray(out == 0)
+    assert (dropped.all((1, 2)) | ~dropped.any((1, 2))).all()
+    assert dropped.mean() == pytest.approx(0.25, abs=0.03)
+    assert float(out.max()) == pytest.approx(4 / 3)
+
+
+def test_remat_changes_nothing(config, rng):
+    images = rng.normal(size=(2, 28, 28, 1)).astype(np.float32)
+    grads = []
+    for remat in (False, True):
+        config.model.remat, config.mto.enabled, config.mto.w_r = remat, True, 1.0
+        method = methods.build(config)
+        params = objective.init_params(method, jax.random.key(0))
+
+        def loss(p, method=method):
+            out = method.apply({'params': p}, images, train=True, rngs={'mask': jax.random.key(1)})
+            return out.losses['reconstruction'] + mto.losses(method.settings, out.stats, 2)['r']
+
+        grads.append(jax.grad(loss)(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *grads)
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'word'),
+    [
+        ('method', 'nothing', 'method'),
+        ('method', 'math', 'method'),
+        ('mask_ratio', 0.99, 'mask_ratio'),
+        ('model.size', 'xxl', 'model.size'),
+        ('model.patch_size', 5, 'model.patch_size'),
+        ('model.heads', 3, 'heads'),
+        ('model.position', 'x', 'model.position'),
+        ('model.init', 'x', 'model.init'),
+    ],
+)
+def test_bad_models_name_the_field(config, path, value, word):
+    config.update_from_flattened_dict({path: value})
+    with pytest.raises(ValueError, match=word):
+        methods.build(config)
+
+
+def test_images_of_another_size_are_refused(config):
+    method = methods.build(config)
+    params = objective.init_params(method, jax.random.key(0))
+    with pytest.raises(ValueError, match='built for images'):
+        method.apply({'params': params}, jnp.zeros((1, 14, 14, 1)), method='encode')
+
+
+def test_mask_indices_reach_the_decoder(config, rng):
+    """The tokens that enter the decoder are the mask token exactly where the mask says."""
+    method = methods.build(config)
+    params = objective.init_params(method, jax.random.key(0))
+    noise = rng.uniform(size=(3, 16)).astype(np.float32)
+    out = method.apply({'params': params}, rng.normal(size=(3, 28, 28, 1)).astype(np.float32), noise=noise)
+    is_token = np.isclose(out.embedded, params['decoder']['mask_token'], atol=1e-7).all(-1)
+    np.testing.assert_array_equal(is_token, masking.random_masking(noise, 0.75).mask)
+    assert vit.prefix_false(out.mask, 1).shape == (3, 17)
