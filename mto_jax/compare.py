@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax import evals, methods, objective, parallel, train_state, trainer
+from mto_jax import methods, objective, parallel, train_state, trainer
 from mto_jax.analysis import plots
-from mto_jax.evals import features
+from mto_jax.evals import features, probes
 from mto_jax.metrics import read_history, say
 
 
@@ -25,7 +25,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, list[dict[str, float]]]:
 
     def measure(name, encode, params, setup):
         say(f'probing {name} on {setup.data.test_split}')
-        results.setdefault(name, []).append(evals.probe(encode, params, setup, mesh, setup.data.test_split))
+        results.setdefault(name, []).append(probes.probe(encode, params, setup, mesh, setup.data.test_split))
 
     measure('raw pixels', features.raw_pixels, None, config)
     for seed in config.compare.seeds:

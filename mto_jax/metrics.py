@@ -59,28 +59,31 @@ def describe_params(params) -> str:
 
 
 class Progress:
-    """Speed and time left of a loop over steps."""
+    """Speed and time left of a loop over steps, averaged since its start or since the last `restart`.
+
+    The end of an interval is seen when the next one has been handed to the device, so that a single interval's own time
+    would be off by as much as the host runs ahead; the average settles.
+    """
 
     def __init__(self, start_step: int, total_steps: int, batch_size: int, steps_per_epoch: int):
-        self._last_step, self._last_time = start_step, time.perf_counter()
         self._total, self._batch, self._per_epoch = total_steps, batch_size, steps_per_epoch
+        self.restart(start_step)
+
+    def restart(self, step: int) -> None:
+        """Measure from here on: an evaluation, a picture or a save ran before."""
+        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
 
     def measure(self, step: int, waited: float) -> dict[str, float]:
-        """The epoch, and since the last call: images a second, seconds a step, share of the time waiting for data."""
-        now = time.perf_counter()
-        elapsed = now - self._last_time
-        seconds = elapsed / max(step - self._last_step, 1)
-        self._last_step, self._last_time = step, now
+        """The epoch, images a second, seconds a step, and the share of the time spent waiting for data."""
+        elapsed = time.perf_counter() - self._time
+        self._waited += waited
+        seconds = elapsed / max(step - self._step, 1)
         return {
             'epoch': step / self._per_epoch,
             'images_per_s': self._batch / seconds,
             'seconds_per_step': seconds,
-            'data_wait': min(1.0, waited / elapsed),
+            'data_wait': min(1.0, self._waited / elapsed),
         }
-
-    def skip(self) -> None:
-        """Leave out the time since the last measure: an evaluation or a save ran in between."""
-        self._last_time = time.perf_counter()
 
     def line(self, step: int, values: Mapping[str, float]) -> str:
         left = int((self._total - step) * values['seconds_per_step'])

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mto_jax import compare, evals, trainer
+from mto_jax import compare, trainer
 from mto_jax.errors import UserError
+from mto_jax.evals import probes
 
 TASKS: dict[str, Callable[[ConfigDict, Path], object]] = {
     'pretrain': trainer.pretrain,
-    'knn': evals.run,
-    'linear': evals.run,
+    'knn': probes.run,
+    'linear': probes.run,
     'compare': compare.run,
 }
 

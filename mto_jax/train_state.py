@@ -105,8 +105,8 @@ def make_train_step(
         terms = {
             'loss': loss,
             **terms,
-            'grad_norm': optax.global_norm(grads),
-            'param_norm': optax.global_norm(params),
+            'grad_norm': optax.tree.norm(grads),
+            'param_norm': optax.tree.norm(params),
             'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state), meter.add(terms, state.step + 1)

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, evals, methods, objective, optim, parallel, schedules, train_state
+from mto_jax import checkpoint, methods, objective, optim, parallel, schedules, train_state
 from mto_jax.analysis import plots
 from mto_jax.data import pipeline, sources
 from mto_jax.errors import UserError
-from mto_jax.evals import features
+from mto_jax.evals import features, probes
 from mto_jax.metrics import Log, Progress, describe_params, read_history, say
 from mto_jax.train_state import Meter, TrainState
 
@@ -108,12 +108,12 @@ def pretrain(config: ConfigDict, workdir: Path) -> TrainState:
             if due_look:
                 see(step)
             if due_eval:
-                found = evals.probe(encode, state.params, config, mesh, config.data.val_split, ('knn',))
+                found = probes.probe(encode, state.params, config, mesh, config.data.val_split, ('knn',))
                 log.scalars(step, {f'val_{k}': v for k, v in found.items()})
                 say(f'step {step} validation: ' + ', '.join(f'{k} {v:.4f}' for k, v in found.items()))
             if due_save:
                 saver.save(state, config.to_dict(), found.get(f'knn_{config.eval.knn_k[-1]}', -reporter.loss))
-            reporter.progress.skip()
+            reporter.progress.restart(step)
         saver.wait()
     finally:
         log.close()
@@ -181,5 +181,5 @@ class _Reporter:
             f'not finite at step {step}: {", ".join(n for n, s in bad.items() if s == step)}. No state from there on '
             f'was saved; the last good checkpoint is '
             + (f'{self._saver.directory / str(good)}' if good is not None else 'none')
-            + '. Try a lower optim.base_lr, optim.clip_norm=1 or model.dtype=float32; a finite state resumes from there.'
+            + '. Try a lower optim.base_lr, optim.clip_norm=1 or model.dtype=float32.'
         )

@@ -48,7 +48,7 @@ def test_position_frequency_within_four_sigma(kind):
 
 def test_pairs_collide_at_the_expected_rate(kind):
     """Two positions of different units are hidden together with probability k (k - 1) / (n (n - 1))."""
-    units, make, _ = kind
+    units = kind[0]
     masks, hidden = draw(kind, 10_000, 2)
     per_unit = 24 // units
     k = hidden // per_unit
@@ -85,7 +85,9 @@ def test_different_on_every_device():
     assert len(mask.addressable_shards) == 8
     rows = np.concatenate([np.asarray(s.data) for s in mask.addressable_shards])
     assert len(np.unique(rows, axis=0)) == 32
-    assert (np.asarray(masking.random_masking(jax.random.uniform(jax.random.key(0), (32, 196)), 0.75).mask) == rows).all()
+    assert (
+        np.asarray(masking.random_masking(jax.random.uniform(jax.random.key(0), (32, 196)), 0.75).mask) == rows
+    ).all()
 
 
 def test_injected_noise_decides():

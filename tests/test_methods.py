@@ -41,7 +41,10 @@ def to_hugging_face(params, model, torch):
     p, c = cfg.patch_size, cfg.num_channels
     kernel = np.asarray(enc['patch_embed']['kernel']).reshape(p, p, c, -1).transpose(3, 2, 0, 1)
     groups = {
-        'vit.embeddings.patch_embeddings.projection': {'weight': kernel, 'bias': np.asarray(enc['patch_embed']['bias'])},
+        'vit.embeddings.patch_embeddings.projection': {
+            'weight': kernel,
+            'bias': np.asarray(enc['patch_embed']['bias']),
+        },
         'vit.layernorm': norm(enc['norm']),
         'decoder.decoder_embed': dense(dec['embed']),
         'decoder.decoder_norm': norm(dec['norm']),
@@ -57,14 +60,16 @@ def to_hugging_face(params, model, torch):
     state['vit.embeddings.cls_token'] = np.asarray(enc['cls_token'])
     state['decoder.mask_token'] = np.asarray(dec['mask_token'])
     # The positions are the peer's own function, not ours.
-    from transformers.models.vit_mae.modeling_vit_mae import get_2d_sincos_pos_embed
+    from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
     grid = cfg.image_size // p
     for name, width in (
         ('vit.embeddings.position_embeddings', cfg.hidden_size),
         ('decoder.decoder_pos_embed', cfg.decoder_hidden_size),
     ):
-        state[name] = np.asarray(get_2d_sincos_pos_embed(width, grid, add_cls_token=True), np.float32)[None]
+        # It puts rows before columns; the published weights, and ViTMAE's own initialisation, have them the other way.
+        table = build_2d_sinusoidal_position_embedding(grid, grid, width, cls_token=True).numpy()
+        state[name] = np.concatenate([table[:, width // 2 :], table[:, : width // 2]], axis=1)[None]
     missing, unexpected = model.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
     assert not unexpected, unexpected
     assert not missing, missing
@@ -130,12 +135,14 @@ def np_simmim(p, images, hidden, grid, patch, heads):
     total, count, predictions = 0.0, 0, []
     for image, mask in zip(images, hidden, strict=True):
         patches = [
-            image[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].ravel() for r in range(gh) for c in range(gw)
+            image[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].ravel()
+            for r in range(gh)
+            for c in range(gw)
         ]
         x = np.stack(patches) @ enc['patch_embed']['kernel'] + enc['patch_embed']['bias']
         x[mask] = enc['mask_token'][0, 0]
         x = np.concatenate([enc['cls_token'][0], x])
-        n, width = x.shape
+        n = len(x)
         last = (2 * gh - 1) * (2 * gw - 1)
         bias = np.zeros((heads, n, n))
         for i in range(n):

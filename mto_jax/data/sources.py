@@ -61,7 +61,7 @@ class Source:
     def shuffled(self, seed: int, epoch: int, skip: int) -> tf.data.Dataset:
         """An epoch of a sequential format in a seeded order, without its first `skip` examples."""
         state = int(np.random.default_rng([seed, epoch]).integers(2**31))
-        config = tfds.ReadConfig(shuffle_seed=state, try_autocache=False)
+        config = tfds.ReadConfig(shuffle_seed=state, try_autocache=False, enable_ordering_guard=False)
         config.options.deterministic = True
         ds = self.builder.as_dataset(self.split, shuffle_files=True, read_config=config, decoders=self._undecoded)
         ds = ds.shuffle(self.shuffle_buffer, seed=state, reshuffle_each_iteration=False).skip(skip)

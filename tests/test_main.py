@@ -1,0 +1,107 @@
+"""The command line, in processes of its own."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+ENV = os.environ | {'JAX_PLATFORMS': 'cpu'}
+
+
+def run(*args):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=ENV, timeout=300, check=False)
+
+
+def test_flagship_without_imagenet_stops_with_the_steps(tmp_path):
+    start = time.monotonic()
+    out = run(
+        'main.py', '--config=configs/mae_mto.py:vit_l', f'--config.data.data_dir={tmp_path}', f'--workdir={tmp_path}/w'
+    )
+    assert out.returncode == 2
+    assert 'ILSVRC2012_img_train.tar' in out.stderr
+    assert f'--config.data.data_dir={tmp_path}' in out.stderr
+    assert 'Traceback' not in out.stderr
+    assert not (tmp_path / 'w').exists()
+    # Importing TensorFlow and jax is most of it.
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ('args', 'word'),
+    [
+        (['--config=configs/mae.py', '--config.mask_ration=0.5'], 'mask_ration'),
+        (['--config=configs/mae.py', '--config.optim.lr=1'], 'lr'),
+        (['--config=configs/none.py'], 'none.py'),
+        (['--config=configs/mae.py:vit_xxl'], 'vit_xxl'),
+        (['--config=configs/mae.py', 'mask_ratio=0.5'], 'mask_ratio=0.5'),
+        ([], 'config'),
+    ],
+)
+def test_bad_arguments_are_named(args, word):
+    out = run('main.py', *args)
+    assert out.returncode != 0
+    assert word in out.stderr + out.stdout
+    assert 'Traceback' not in out.stderr
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    """Unset, --workdir comes from the config; the console shows progress."""
+    small = [
+        'model.depth=1',
+        'model.width=16',
+        'model.heads=2',
+        'mae.decoder_depth=1',
+        'mae.decoder_width=8',
+        'mae.decoder_heads=1',
+        'data.train_split=train[:300]',
+        'data.val_split=train[300:400]',
+        'data.test_split=test[:100]',
+        'epochs=1',
+        'optim.warmup_epochs=0',
+        'log_every=1',
+        'eval.every_epochs=0',
+        'task=pretrain',
+        'mto.w_r=0',
+        f'workdir={tmp_path}/w',
+    ]
+    out = run('main.py', '--config=configs/quickstart.py', *[f'--config.{a}' for a in small])
+    assert out.returncode == 0, out.stderr
+    assert 'step 2/2 epoch 1.00' in out.stdout
+    assert 'images/s' in out.stdout
+    assert 'ETA 0:00:00' in out.stdout
+    assert (tmp_path / 'w' / 'checkpoints' / '2').is_dir()
+
+
+def test_the_core_imports_without_tensorflow_and_clu():
+    """Methods, MTO, masking, optimizer, state and step work where neither can be imported."""
+    code = """
+import sys
+for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'orbax', 'matplotlib'):
+    sys.modules[name] = None
+import jax, numpy as np, optax
+from configs import quickstart
+from mto_jax import losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
+from mto_jax.evals import knn, linear
+from mto_jax.data import augment
+c = quickstart.get_config()
+method = methods.build(c)
+tx = optim.adamw(c.optim, optax.constant_schedule(1e-3))
+state = train_state.create(objective.init_params(method, jax.random.key(0)), tx)
+loss_fn = objective.pretrain_loss(method, c.data)
+batch = {'image': np.zeros((2, 28, 28, 1), np.uint8)}
+meter = train_state.Meter.empty(train_state.term_names(loss_fn, state.params, batch))
+step = jax.jit(train_state.make_train_step(loss_fn, tx, optax.constant_schedule(1e-3), 10))
+state, meter = step(state, meter, batch, jax.random.key(0))
+print('steps', int(state.step))
+"""
+    out = run('-c', code)
+    assert 'steps 1' in out.stdout, out.stderr
+
+
+def test_tensorflow_sees_no_accelerator():
+    code = (
+        "from mto_jax.data import sources; import tensorflow as tf; print('seen', tf.config.get_visible_devices('GPU'))"
+    )
+    assert 'seen []' in run('-c', code).stdout

@@ -1,0 +1,340 @@
+"""The step, the loop, resuming, stopping on a non-finite term, and every shipped config for two steps."""
+
+import importlib
+import json
+import math
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from mto_jax import methods, objective, optim, parallel, schedules, tasks, train_state, trainer
+from mto_jax.errors import UserError
+from mto_jax.metrics import read_history
+from mto_jax.models import vit
+from mto_jax.models.layers import Block, trunc_normal_one_std
+from tests.conftest import shrink
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b))
+
+
+def build_step(config, total=10):
+    method = methods.build(config)
+    schedule = optax.constant_schedule(1e-2)
+    tx = optim.adamw(config.optim, schedule)
+    loss_fn = objective.pretrain_loss(method, config.data)
+    state = train_state.create(objective.init_params(method, jax.random.key(0)), tx)
+    images = np.random.default_rng(0).integers(0, 256, (16, *config.data.image_size, config.data.channels), np.uint8)
+    names = train_state.term_names(loss_fn, state.params, {'image': images})
+    step = train_state.make_train_step(loss_fn, tx, schedule, total, config.accumulate)
+    return step, state, train_state.Meter.empty(names), {'image': images}
+
+
+def lowered(config):
+    step, state, meter, batch = build_step(config)
+    return jax.jit(step).lower(state, meter, batch, jax.random.key(0)).as_text()
+
+
+@pytest.mark.parametrize('name', ['mae', 'simmim'])
+def test_mto_off_costs_nothing(config, monkeypatch, name):
+    """With MTO off the step lowers to the text of a model whose blocks know no hook at all."""
+    config.method, config.mask_ratio = name, 0.5
+    off = lowered(config)
+    monkeypatch.setattr(vit, 'Transformer', PlainStack)
+    assert off == lowered(config)
+    monkeypatch.undo()
+    config.mto.enabled = True
+    assert off == lowered(config), 'MTO on, but with every part of it off, should be free too'
+    config.mto.w_e = 0.1
+    assert off != lowered(config)
+
+
+class PlainStack(nn.Module):
+    """The same blocks in a loop, without a mask, a hook or statistics."""
+
+    arch: vit.Architecture
+    settings: None = None
+
+    @nn.compact
+    def __call__(self, x, *, bias=None, train=False, **unused):
+        a = self.arch
+        for i in range(a.depth):
+            out = a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1)))
+            parts = {'kernel_init': a.weight_init, 'out_init': out, 'implementation': a.attention, 'dtype': a.dtype}
+            block = Block(a.heads, a.mlp_ratio, a.qkv_bias, **parts, name=f'block{i}')
+            x, _ = block(x, bias, None, x, None, a.num_prefix, train)
+        return vit.Encoded(x, {})
+
+
+def test_accumulation_is_the_mean_over_microbatches(config):
+    """Four microbatches take one AdamW step with the mean of their gradients, each with its own mask."""
+    _, state, meter, batch = build_step(config)
+    loss_fn = objective.pretrain_loss(methods.build(config), config.data)
+    config.accumulate = 4
+    got, got_meter = jax.jit(build_step(config)[0])(state, meter, batch, jax.random.key(7))
+    key = jax.random.fold_in(jax.random.key(7), 0)
+    grads = []
+    for i in range(4):
+        part = {'image': batch['image'][i::4]}
+        grads.append(jax.grad(loss_fn, has_aux=True)(state.params, part, jax.random.fold_in(key, i), 0.0)[0])
+    mean = jax.tree.map(lambda *g: sum(g) / 4, *grads)
+    tx = optim.adamw(config.optim, optax.constant_schedule(1e-2))
+    updates, _ = tx.update(mean, state.opt_state, state.params)
+    want = optax.apply_updates(state.params, updates)
+    # Adam divides by the gradient's own size, so only parameters whose gradient is not rounding noise compare.
+    for g, a, b in zip(*(jax.tree.leaves(t) for t in (mean, got.params, want)), strict=True):
+        real = np.abs(g) > 1e-5
+        np.testing.assert_allclose(np.asarray(a)[real], np.asarray(b)[real], atol=1e-4)
+    assert got_meter.sums['grad_norm'] == pytest.approx(float(optax.tree.norm(mean)), rel=1e-5)
+    assert int(got.step) == 1
+
+
+def test_adamw_against_numpy(config, rng):
+    """Two steps of decoupled weight decay, on a decayed matrix and an undecayed bias, in float64."""
+    o = config.optim
+    params = {'w': {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4)}}
+    tx = optim.adamw(o, optax.constant_schedule(0.01))
+    p = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    state = tx.init(p)
+    m = jax.tree.map(np.zeros_like, params)
+    v = jax.tree.map(np.zeros_like, params)
+    for t in (1, 2):
+        g = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+        updates, state = tx.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g), state, p)
+        p = optax.apply_updates(p, updates)
+        for n in ('kernel', 'bias'):
+            m['w'][n] = o.b1 * m['w'][n] + (1 - o.b1) * g['w'][n]
+            v['w'][n] = o.b2 * v['w'][n] + (1 - o.b2) * g['w'][n] ** 2
+            decay = o.weight_decay * params['w'][n] if n == 'kernel' else 0.0
+            step = m['w'][n] / (1 - o.b1**t) / (np.sqrt(v['w'][n] / (1 - o.b2**t)) + o.eps)
+            params['w'][n] = params['w'][n] - 0.01 * (step + decay)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), p, params)
+
+
+@pytest.mark.parametrize('decay_tokens', [True, False])
+def test_decay_mask(config, decay_tokens):
+    params = objective.init_params(methods.build(config), jax.random.key(0))
+    flat, _ = jax.tree_util.tree_flatten_with_path(optim.decay_mask(params, decay_tokens))
+    decayed = {path[-1].key for path, yes in flat if yes}
+    kept = {path[-1].key for path, yes in flat if not yes}
+    tokens = {'cls_token', 'mask_token'}
+    assert decayed == {'kernel', 'qkv_kernel'} | (tokens if decay_tokens else set())
+    assert kept == {'bias', 'q_bias', 'k_bias', 'v_bias', 'scale'} | (set() if decay_tokens else tokens)
+
+
+def test_step_arithmetic():
+    """ImageNet at batch 4096: 312 full batches, 249,600 steps in 800 epochs; half steps round up."""
+    from mto_jax.data.pipeline import steps_per_epoch
+
+    assert steps_per_epoch(1_281_167, 4096) == 312
+    assert schedules.to_steps(800, 312) == 249_600
+    assert schedules.to_steps(0.5, 3) == 2
+    assert schedules.to_steps(0.1, 4) == 0
+
+
+def test_cosine_schedule_by_hand(config):
+    o = config.optim
+    o.base_lr, o.lr_reference, o.warmup_epochs, o.min_lr = 1e-3, 256, 1.0, 1e-5
+    f = schedules.learning_rate(o, 512, 50, 10)
+    assert float(f(0)) == 0
+    assert float(f(5)) == pytest.approx(1e-3)
+    assert float(f(10)) == pytest.approx(2e-3)
+    assert float(f(30)) == pytest.approx(1e-5 + (2e-3 - 1e-5) / 2, rel=1e-4)
+    assert float(f(50)) == pytest.approx(1e-5, rel=1e-4)
+
+
+def test_multistep_schedule_by_hand(config):
+    o = config.optim
+    o.base_lr, o.lr_reference, o.warmup_epochs = 1e-3, 512, 1.0
+    o.schedule, o.decay_epochs, o.decay_factor = 'multistep', (3.0,), 0.1
+    f = schedules.learning_rate(o, 512, 50, 10)
+    assert [float(f(s)) for s in (5, 10, 29)] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert float(f(31)) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'word'),
+    [
+        ('optim.schedule', 'x', 'optim.schedule'),
+        ('optim.warmup_epochs', 99.0, 'optim.warmup_epochs'),
+        ('batch_size', 31, 'batch_size'),
+        ('accumulate', 5, 'accumulate'),
+        ('mesh.data', 99, 'mesh.data'),
+        ('eval.features', 'x', 'eval.features'),
+        ('eval.depth', 7, 'eval.depth'),
+        ('data.crop', 'x', 'data.crop'),
+        ('task', 'x', 'task'),
+        ('mask_ratio', 1.5, 'mask_ratio'),
+    ],
+)
+def test_bad_config_stops_before_training(config, tmp_path, path, value, word):
+    config.update_from_flattened_dict({path: value})
+    with pytest.raises(UserError, match=word):
+        tasks.run(config, tmp_path / 'run')
+
+
+def test_resume_is_bitwise(config, tmp_path):
+    """Stopped after a checkpoint in the middle of an epoch, by deleting what came later, and started again."""
+    config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
+    config.model.drop_path, config.checkpoints.every, config.checkpoints.keep = 0.2, 3, 9
+    whole = trainer.pretrain(config, tmp_path / 'whole')
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / 'part' / 'checkpoints' / str(step))
+    again = trainer.pretrain(config, tmp_path / 'part')
+    assert int(again.step) == 8
+    assert same(whole, again)
+    terms = [
+        [{k: r[k] for k in ('step', 'loss') if k in r} for r in read_history(tmp_path / d)] for d in ('whole', 'part')
+    ]
+    assert terms[0][-1] == terms[1][-1]
+
+
+def test_a_finished_run_is_not_trained_again(config, tmp_path):
+    first = trainer.pretrain(config, tmp_path)
+    again = trainer.pretrain(config, tmp_path)
+    assert same(first, again)
+
+
+def test_another_config_is_refused(config, tmp_path):
+    trainer.pretrain(config, tmp_path)
+    config.optim.base_lr, config.log_every = 1.0, 1
+    with pytest.raises(UserError, match=r'(?s)optim.base_lr: 0.00015 there, 1.0 now.*resume_anyway') as e:
+        trainer.pretrain(config, tmp_path)
+    assert 'log_every' not in str(e.value)
+    config.resume_anyway = True
+    trainer.pretrain(config, tmp_path)
+
+
+def test_another_model_is_refused(config, tmp_path):
+    trainer.pretrain(config, tmp_path)
+    config.model.width, config.resume_anyway = 24, True
+    with pytest.raises(UserError, match=r'(?s)another model.*\(1, 1, 16\).*\(1, 1, 24\)'):
+        trainer.pretrain(config, tmp_path)
+
+
+def test_newest_and_best_are_kept(config, tmp_path):
+    """keep=1 and scores 3, 9, 1, 2: the best (step 2) stays beside the newest (step 4)."""
+    from mto_jax.checkpoint import Checkpointer
+
+    saver = Checkpointer(tmp_path, keep=1)
+    _, state, _, _ = build_step(config)
+    for step, score in ((1, 3.0), (2, 9.0), (3, 1.0), (4, 2.0)):
+        saver.save(state.replace(step=jnp.int32(step)), config.to_dict(), score)
+        saver.wait()
+    assert saver.steps == [2, 4]
+    saver.close()
+
+
+def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):
+    """A learning rate that blows up: the stop names step, terms and the last good checkpoint, which resumes."""
+    config.model.attention, config.mae.norm_pix_loss, config.log_every = '', False, 2
+    config.checkpoints.every, config.checkpoints.keep = 2, 9
+    original = objective.pretrain_loss
+
+    def poisoned(method, data):
+        loss_fn = original(method, data)
+
+        def at_step_five(params, batch, key, progress):
+            loss, terms = loss_fn(params, batch, key, progress)
+            return jnp.where(progress >= 4 / 8, jnp.nan, loss), terms | {
+                'extra': jnp.where(progress >= 5 / 8, jnp.inf, 1.0)
+            }
+
+        return at_step_five
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(objective, 'pretrain_loss', poisoned)
+        with pytest.raises(UserError, match=r'not finite at step 5: loss, grad_norm, param_norm.*checkpoints/4'):
+            trainer.pretrain(config, tmp_path)
+    assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [2, 4]
+    assert int(trainer.pretrain(config, tmp_path).step) == 8
+    assert 'resuming at step 4' in capsys.readouterr().out
+
+
+def test_pictures_and_metrics(config, tmp_path):
+    config.eval.every_epochs = 1.0
+    trainer.pretrain(config, tmp_path)
+    for name in ('curves.png', 'heterogeneity.png', 'reconstructions.png'):
+        assert (tmp_path / name).stat().st_size > 5000
+    assert list(tmp_path.glob('events.out.tfevents.*'))
+    rows = read_history(tmp_path)
+    assert {'loss', 'reconstruction', 'images_per_s', 'data_wait', 'epoch'} <= set(rows[-1]) | set(rows[-2]) | set(
+        rows[-3]
+    )
+    steps = [r['step'] for r in rows if 'block/het/1' in r]
+    assert steps == [0, 4, 8]
+    assert any('val_knn_20' in r for r in rows)
+
+
+@pytest.mark.parametrize('devices', [8])
+def test_devices_agree_with_one(config, devices):
+    """One step split over 8 devices has the gradients of the step on one device."""
+    step, state, meter, batch = build_step(config)
+    norms = []
+    for count in (1, devices):
+        mesh = parallel.make_mesh(count)
+        everywhere, split = parallel.replicated(mesh), parallel.along_batch(mesh)
+        fn = jax.jit(step, in_shardings=(everywhere, everywhere, split, everywhere))
+        _, out = fn(state, meter, parallel.put_batch(batch, mesh), jax.random.key(0))
+        norms.append((float(out.sums['grad_norm']), float(out.sums['loss'])))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+CONFIGS = ['mae', 'mae_mto', 'simmim', 'simmim_mto']
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_shipped_configs_run_two_steps(name, tmp_path):
+    config = shrink(importlib.import_module(f'configs.{name}').get_config())
+    config.epochs = 0.5
+    config.optim.warmup_epochs = 0.0
+    config.log_every = 1
+    state = tasks.run(config, tmp_path)
+    assert int(state.step) == 2
+
+
+def test_probe_configs_read_a_checkpoint(config, tmp_path):
+    trainer.pretrain(config, tmp_path / 'run')
+    for name in ('knn', 'linear'):
+        c = importlib.import_module(f'configs.{name}').get_config()
+        c.checkpoint, c.eval.batch_size, c.eval.linear_steps = str(tmp_path / 'run'), 32, 20
+        out = tasks.run(c, tmp_path / name)
+        saved = json.loads((tmp_path / name / f'{name}.json').read_text())
+        assert saved == out
+        assert saved['split'] == 'test[:70]'
+        assert 0.05 < saved['knn_20' if name == 'knn' else 'linear'] <= 1
+    c.checkpoint = str(tmp_path / 'nothing')
+    with pytest.raises(UserError, match='no checkpoint there'):
+        tasks.run(c, tmp_path / 'x')
+
+
+def test_quickstart_config_compares(tmp_path):
+    from configs import quickstart
+
+    c = shrink(quickstart.get_config())
+    c.epochs, c.optim.warmup_epochs = 0.5, 0.0
+    out = tasks.run(c, tmp_path)
+    assert set(out) == {'raw pixels', 'random encoder', 'mae', 'mae + MTO'}
+    table = (tmp_path / 'results.md').read_text()
+    assert table.count('\n') == 6
+    assert (tmp_path / 'curves.png').stat().st_size > 5000
+    assert (tmp_path / 'seed0' / 'mae_mto' / 'reconstructions.png').exists()
+
+
+def test_the_flagship_is_what_it_says():
+    from configs import mae, mae_mto
+
+    plain, flagship = mae.get_config('vit_l'), mae_mto.get_config('vit_l')
+    assert isinstance(plain, ConfigDict)
+    assert (plain.model.size, plain.epochs, flagship.epochs) == ('l', 800, 400)
+    assert flagship.mto.enabled
+    with pytest.raises(ValueError, match='vit_xl'):
+        mae.get_config('vit_xl')
