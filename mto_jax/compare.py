@@ -48,9 +48,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, list[dict[str, float]]]:
     runs = {p.parent.name + '/' + p.name: read_history(p) for p in sorted(workdir.glob('seed*/*')) if p.is_dir()}
     plots.curves(workdir / 'curves.png', runs)
     say('\n' + text)
-    say(
-        f'table: {workdir / "results.md"}; curves: {workdir / "curves.png"}; each run has its own pictures below {workdir}'
-    )
+    say(f'table: {workdir}/results.md, curves: {workdir}/curves.png, pictures of each run: {workdir}/seed*/*')
     return results
 
 
