@@ -1,6 +1,6 @@
 """Checkpoints: the only module that imports orbax.
 
-A workdir holds `config.json` and `checkpoints/<step>/` with the items params, opt_state, step and config, so that an
+A workdir holds `config.json` and `checkpoints/<step>/` with the items params, opt_state and config, so that an
 evaluation can read the parameters alone.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -44,7 +45,12 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-            item_names=('params', 'opt_state', 'step', 'config'),
+            # Named here, so that a new process can read the metadata of what an earlier one saved.
+            item_handlers={
+                'params': ocp.StandardCheckpointHandler(),
+                'opt_state': ocp.StandardCheckpointHandler(),
+                'config': ocp.JsonCheckpointHandler(),
+            },
         )
 
     @property
@@ -59,7 +65,6 @@ class Checkpointer:
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
-            step=ocp.args.ArraySave(state.step),
             config=ocp.args.JsonSave(config),
         )
         self._manager.save(int(state.step), args=args, metrics={'score': float(score)}, force=True)
@@ -75,10 +80,9 @@ class Checkpointer:
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            step=ocp.args.ArrayRestore(abstract.step),
         )
         out = self._manager.restore(step, args=args)
-        return TrainState(out['step'], out['params'], out['opt_state'])
+        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), out['params'], out['opt_state'])
 
     def restore_params(self, abstract: Any, step: int) -> Any:
         """The parameters of `step` alone. Raises as `restore`."""
