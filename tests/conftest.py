@@ -5,6 +5,7 @@ import os
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
@@ -12,6 +13,14 @@ from absl import logging
 from configs import base
 
 logging.set_verbosity(logging.ERROR)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compile_once(tmp_path_factory):
+    """Many tests train the same tiny model: compile it once a session."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def shrink(c):
     m = c.model
     m.depth, m.width, m.heads, m.patch_size = 2, 16, 2, 7
     c.mae.decoder_depth, c.mae.decoder_width, c.mae.decoder_heads = 2, 8, 2
-    c.batch_size = 32
+    c.batch_size, c.mesh.data = 32, 1
     c.epochs, c.optim.warmup_epochs, c.optim.decay_epochs = 2.0, 0.5, ()
     c.log_every, c.diagnose_every, c.checkpoints.every = 3, 4, 2
     c.eval.every_epochs, c.eval.batch_size, c.eval.linear_steps = 0.0, 32, 20

@@ -76,6 +76,7 @@ def to_hugging_face(params, model, torch):
 
 
 @pytest.mark.filterwarnings('default')
+@pytest.mark.peers
 @pytest.mark.parametrize('norm_pix_loss', [False, True])
 def test_mae_against_hugging_face(config, rng, norm_pix_loss):
     torch = pytest.importorskip('torch', reason='PyTorch is not installed (requirements-peers.txt)')

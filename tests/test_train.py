@@ -164,7 +164,7 @@ def test_multistep_schedule_by_hand(config):
     [
         ('optim.schedule', 'x', 'optim.schedule'),
         ('optim.warmup_epochs', 99.0, 'optim.warmup_epochs'),
-        ('batch_size', 31, 'batch_size'),
+        ('batch_size', 0, 'batch_size'),
         ('accumulate', 5, 'accumulate'),
         ('mesh.data', 99, 'mesh.data'),
         ('eval.features', 'x', 'eval.features'),
@@ -180,10 +180,12 @@ def test_bad_config_stops_before_training(config, tmp_path, path, value, word):
         tasks.run(config, tmp_path / 'run')
 
 
-def test_resume_is_bitwise(config, tmp_path):
+@pytest.mark.parametrize('devices', [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_resume_is_bitwise(config, tmp_path, devices):
     """Stopped after a checkpoint in the middle of an epoch, by deleting what came later, and started again."""
     config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
     config.model.drop_path, config.checkpoints.every, config.checkpoints.keep = 0.2, 3, 9
+    config.mesh.data = devices
     whole = trainer.pretrain(config, tmp_path / 'whole')
     shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
     for step in (6, 8):
