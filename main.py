@@ -1,52 +1,14 @@
 """Entry point: python main.py --config=configs/<file>.py [--workdir=DIR] [--config.field=value ...]"""
 
-import os
-import sys
-from pathlib import Path
-
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; the same one resumes. Default: runs/<config>.')
+from mto_jax import cli
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f'unknown argument {argv[1]!r}; config fields are set with --config.field=value')
-    if not flags.FLAGS['verbosity'].present:
-        logging.set_verbosity(logging.ERROR)  # the libraries' own chatter; --verbosity=0 shows it
+def main(config, workdir):
     # Imported here, so that a mistyped flag is reported before TensorFlow is loaded.
     from mto_jax import tasks
-    from mto_jax.errors import UserError
 
-    name = Path(config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]).stem
-    try:
-        tasks.run(_CONFIG.value, Path(_WORKDIR.value or _CONFIG.value.workdir or f'runs/{name}'))
-    except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
-
-
-def parse(argv):
-    """Parse the flags; an unknown field or config file is one line, not a traceback."""
-    try:
-        rest = flags.FLAGS(argv)
-        _ = _CONFIG.value.task  # where a config file failed to load, this raises
-        return rest
-    except (AttributeError, KeyError) as e:
-        words = ' '.join(str(e.args[0]).split())
-        problem = f'unknown config field: {words}; configs/base.py lists all fields'
-    except (flags.Error, OSError) as e:
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        problem = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}'
-    print(f'error: {problem}', file=sys.stderr)
-    sys.exit(2)
+    tasks.run(config, workdir)
 
 
 if __name__ == '__main__':
-    # TensorFlow's start-up notes; an accelerator is jax's alone.
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    flags.mark_flag_as_required('config')
-    app.run(main, flags_parser=parse)
+    cli.start(main)

@@ -49,6 +49,8 @@ def get_config() -> ConfigDict:
     c.model.layer_scale = 0.0
     c.model.drop_path = 0.0
     c.model.init = 'mae'  # mae, beit
+    c.model.mask_token_scale = 1.0  # factor of the mask token's initial value
+    c.model.mask_token_norm = 0.0  # its fixed length; 0: free
     c.model.dtype = 'bfloat16'  # of matrix products; parameters stay float32
     c.model.remat = False
     c.model.attention = 'xla'  # of jax.nn.dot_product_attention: xla, cudnn; '' for plain matrix products
@@ -65,12 +67,15 @@ def get_config() -> ConfigDict:
     c.mto = ConfigDict()  # fields as in mto_jax.mto.Settings
     c.mto.enabled = False
     c.mto.recalibration = 'none'
+    c.mto.rows = 'visible'
+    c.mto.exclude_blocks = 0
     c.mto.initial_blocks = 0
     c.mto.blocks = ()
     c.mto.affinity = 'attention_mean'
     c.mto.measure = 'entropy'
     c.mto.scale_guard = False
     c.mto.stop_keys = False
+    c.mto.stop_previous = True
     c.mto.margin = 0.02
     c.mto.w_spa = 0.0
     c.mto.w_e = 0.0
@@ -82,20 +87,7 @@ def get_config() -> ConfigDict:
     c.batch_size = 4096  # images per step, over all devices
     c.accumulate = 1  # microbatches per step
     c.epochs = 800.0
-    c.optim = ConfigDict()
-    c.optim.base_lr = 1.5e-4  # per lr_reference images: lr = base_lr * batch_size / lr_reference
-    c.optim.lr_reference = 256
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.95
-    c.optim.eps = 1e-8
-    c.optim.weight_decay = 0.05
-    c.optim.decay_tokens = True  # decay class and mask tokens, as the official MAE does
-    c.optim.clip_norm = 0.0  # 0: no clipping
-    c.optim.schedule = 'cosine'  # cosine, multistep
-    c.optim.warmup_epochs = 40.0
-    c.optim.min_lr = 0.0
-    c.optim.decay_epochs = ()  # multistep: where the rate is multiplied by decay_factor
-    c.optim.decay_factor = 0.1
+    c.optim = _optim()
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices along the batch; -1 for all
@@ -121,4 +113,39 @@ def get_config() -> ConfigDict:
 
     c.compare = ConfigDict()  # task=compare
     c.compare.seeds = (0,)  # one pre-training without and one with MTO for each
+
+    c.finetune = ConfigDict()  # of a study's runs
+    c.finetune.epochs = 0.0  # 0: no fine-tuning
+    c.finetune.label_share = 0.1  # of the training images
+    c.finetune.batch_size = 128
+    c.finetune.optim = _optim()
+
+    c.study = ConfigDict()  # python -m mto_jax.study
+    c.study.variants = ConfigDict()  # {name: {field: value, ...}}: what each changes in this config; one is 'baseline'
+    c.study.seeds = (0,)
+    c.study.budgets = ()  # epochs of each training; () for `epochs`. The warm-up and the decays scale along
+    c.study.evaluations = 4  # during each training, evenly spaced; the last is at its end
+    c.study.split = 'val'  # where the probes are measured: val while choosing, test to confirm
+    c.study.seeds_at_once = 1  # trained side by side in one dispatch
+    c.study.index = 0  # this machine's share of the grid: every count-th run from index on
+    c.study.count = 1
     return c
+
+
+def _optim() -> ConfigDict:
+    o = ConfigDict()
+    o.base_lr = 1.5e-4  # per lr_reference images: lr = base_lr * batch_size / lr_reference
+    o.lr_reference = 256
+    o.b1 = 0.9
+    o.b2 = 0.95
+    o.eps = 1e-8
+    o.weight_decay = 0.05
+    o.decay_tokens = True  # decay class and mask tokens, as the official MAE does
+    o.clip_norm = 0.0  # 0: no clipping
+    o.schedule = 'cosine'  # cosine, multistep
+    o.warmup_epochs = 40.0
+    o.min_lr = 0.0
+    o.decay_epochs = ()  # multistep: where the rate is multiplied by decay_factor
+    o.decay_factor = 0.1
+    o.layer_decay = 1.0  # factor of the rate per block, from the head down; 1: none
+    return o

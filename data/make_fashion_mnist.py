@@ -3,7 +3,9 @@
     python data/make_fashion_mnist.py --source=DIR [--out=data] [--train=10000 --test=2000] [--format=array_record]
 
 DIR holds the four original .gz files (Debian's package dataset-fashion-mnist installs them). Of each class the first
-images are taken, so that the subset is balanced. `--train=54000` with `--test=10000` writes a larger one.
+images are taken, so that the subset is balanced. All 60,000 + 10,000 images as one file of arrays, for studies:
+
+    python data/make_fashion_mnist.py --source=DIR --train=60000 --test=10000 --format=npz
 """
 
 import argparse
@@ -11,7 +13,6 @@ import gzip
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 NAMES = (
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'
@@ -31,6 +32,15 @@ def balanced(images, labels, count):
     return [(n, {'image': images[i], 'label': int(labels[i])}) for n, i in enumerate(chosen)]
 
 
+def write_npz(path, train, test):
+    """The arrays <split>_image and <split>_label of examples as `balanced` returns them, which `memory.load` reads."""
+    arrays = {}
+    for split, examples in (('train', train), ('test', test)):
+        arrays[f'{split}_image'] = np.stack([e['image'] for _, e in examples])
+        arrays[f'{split}_label'] = np.array([e['label'] for _, e in examples], np.uint8)
+    np.savez_compressed(path, **arrays)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--source', type=Path, required=True)
@@ -38,8 +48,15 @@ def main():
     parser.add_argument('--name', default='fashion_mnist_12k')
     parser.add_argument('--train', type=int, default=10_000)
     parser.add_argument('--test', type=int, default=2_000)
-    parser.add_argument('--format', default='array_record')
+    parser.add_argument('--format', default='array_record', help='array_record, tfrecord, or npz')
     args = parser.parse_args()
+    train = balanced(*read(args.source, 'train'), args.train)
+    test = balanced(*read(args.source, 't10k'), args.test)
+    if args.format == 'npz':
+        write_npz(Path(args.out) / 'fashion_mnist.npz', train, test)
+        return
+    import tensorflow_datasets as tfds
+
     tfds.dataset_builders.store_as_tfds_dataset(
         name=args.name,
         version='1.0.0',
@@ -48,8 +65,8 @@ def main():
             'label': tfds.features.ClassLabel(names=NAMES),
         }),
         split_datasets={
-            'train': balanced(*read(args.source, 'train'), args.train),
-            'test': balanced(*read(args.source, 't10k'), args.test),
+            'train': train,
+            'test': test,
         },
         data_dir=args.out,
         description='A balanced subset of Fashion-MNIST (Zalando Research, MIT licence).',

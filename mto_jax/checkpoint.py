@@ -24,6 +24,8 @@ FREE_FIELDS = (
     'checkpoints.',
     'eval.',
     'compare.',
+    'finetune.',
+    'study.',
     'workdir',
     'resume_anyway',
     'task',

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from clu import metric_writers, parameter_overview
 
 
 class Log:
     """The record of one run, in its workdir. A resumed run drops what was written after the step it resumes from."""
 
     def __init__(self, workdir: Path, start_step: int):
+        # Here and not above: clu loads TensorFlow, which studies and evaluations in memory do without.
+        from clu import metric_writers
+
         self.path = workdir / 'metrics.jsonl'
         self._rows = [r for r in read_history(workdir) if r['step'] <= start_step]
         self.path.write_text(''.join(json.dumps(r) + '\n' for r in self._rows))
@@ -54,8 +56,7 @@ def say(text: str) -> None:
 def describe_params(params) -> str:
     """The number of parameters, and the largest groups, on a few lines."""
     sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
-    total = parameter_overview.count_parameters(params)
-    return f'{total:,} parameters (' + ', '.join(f'{n} {s:,}' for n, s in sizes.items()) + ')'
+    return f'{sum(sizes.values()):,} parameters (' + ', '.join(f'{n} {s:,}' for n, s in sizes.items()) + ')'
 
 
 class Progress:

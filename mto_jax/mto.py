@@ -21,6 +21,7 @@ import numpy as np
 SCHEDULES = ('none', 'exclude', 'ramp', 'adaptive')
 AFFINITIES = ('attention', 'attention_mean', 'token')
 MEASURES = ('entropy', 'density')
+ROWS = ('visible', 'all')
 # Below this weight a masked key is removed by a mask: its logarithm would only lose precision.
 MIN_GATE = 1e-4
 LN_EPS = 1e-6
@@ -32,7 +33,10 @@ class Settings:
 
     Attributes:
       recalibration: schedule of the weight g of masked keys in visible rows: 'none'; 'exclude' (0 in the first
-        `initial_blocks`, then 1); 'ramp' (l / (L - 1)); 'adaptive' (1 - heterogeneity of each masked token).
+        `exclude_blocks`, then 1); 'ramp' (l / (L - 1)); 'adaptive' (1 - heterogeneity of each masked token).
+      rows: the queries that recalibration acts on: 'visible' ones, or 'all', so that masked tokens too read visible
+        keys alone where masked keys are excluded.
+      exclude_blocks: how many blocks 'exclude' covers; 0 for K, -1 for all of them.
       initial_blocks: K, how many blocks count as initial; 0 for max(1, round(L / 4)), -1 for all of them.
       blocks: the blocks the losses read; empty for all.
       affinity: what heterogeneity's entropy is taken of: 'attention' logits per head, their mean over heads
@@ -41,6 +45,7 @@ class Settings:
       scale_guard: divide attention logits by the (constant) standard deviation of the visible queries' own, so that
         smaller query and key weights alone do not raise the entropy.
       stop_keys: stop the gradient of heterogeneity into the visible keys.
+      stop_previous: L_r's constant is the heterogeneity of the block before, so that it cannot be raised instead.
       margin: drop in heterogeneity that L_r asks of each block; at most 0.5 / (L - K).
       w_spa, w_e, w_r: weights of L_spa, L_e, L_r; 0 turns a term off.
       spa_entropy: add to L_spa the entropy of a visible row renormalised over the visible keys.
@@ -49,12 +54,15 @@ class Settings:
     """
 
     recalibration: str = 'none'
+    rows: str = 'visible'
+    exclude_blocks: int = 0
     initial_blocks: int = 0
     blocks: tuple[int, ...] = ()
     affinity: str = 'attention'
     measure: str = 'entropy'
     scale_guard: bool = False
     stop_keys: bool = False
+    stop_previous: bool = True
     margin: float = 0.02
     w_spa: float = 0.0
     w_e: float = 0.0
@@ -66,6 +74,7 @@ class Settings:
     def __post_init__(self):
         for field, value, allowed in (
             ('recalibration', self.recalibration, SCHEDULES),
+            ('rows', self.rows, ROWS),
             ('affinity', self.affinity, AFFINITIES),
             ('measure', self.measure, MEASURES),
         ):
@@ -76,14 +85,16 @@ class Settings:
                 raise ValueError(f'mto.{field} is {getattr(self, field)}; it must not be negative')
         if not 0 <= self.warmup < 1:
             raise ValueError(f'mto.warmup is {self.warmup}; it is a share of the training, in [0, 1)')
-        if self.initial_blocks < -1:
-            raise ValueError(f'mto.initial_blocks is {self.initial_blocks}; it must be -1, 0 or a count')
+        for field in ('exclude_blocks', 'initial_blocks'):
+            if getattr(self, field) < -1:
+                raise ValueError(f'mto.{field} is {getattr(self, field)}; it must be -1, 0 or a count')
 
     def validate(self, depth: int) -> None:
         """Raise ValueError where the settings do not fit a stack of `depth` blocks."""
         k = self.num_initial(depth)
-        if k > depth:
-            raise ValueError(f'mto.initial_blocks is {k} but the stack has {depth} blocks')
+        for field in ('exclude_blocks', 'initial_blocks'):
+            if getattr(self, field) > depth:
+                raise ValueError(f'mto.{field} is {getattr(self, field)} but the stack has {depth} blocks')
         if any(not 0 <= b < depth for b in self.blocks):
             raise ValueError(f'mto.blocks is {self.blocks}; the stack has blocks 0 to {depth - 1}')
         if self.w_r and k < depth and self.margin > 0.5 / (depth - k):
@@ -124,7 +135,8 @@ class Settings:
           depth: number of blocks in the stack.
           everything: read all statistics, for `diagnose`, instead of those the losses need.
         """
-        gate = gates(self.recalibration, depth, self.num_initial(depth))[block]
+        excluded = depth if self.exclude_blocks == -1 else self.exclude_blocks or self.num_initial(depth)
+        gate = gates(self.recalibration, depth, excluded)[block]
         adaptive = self.recalibration == 'adaptive'
         read = everything or block in self.loss_blocks(depth)
         if not read and not adaptive and gate == 1.0:
@@ -132,31 +144,34 @@ class Settings:
         return BlockHook(self, None if adaptive else float(gate), read, everything)
 
 
-def gates(schedule: str, depth: int, num_initial: int) -> np.ndarray:
+def gates(schedule: str, depth: int, excluded: int) -> np.ndarray:
     """The weight g of masked keys per block, float (L,); ones for 'adaptive', whose gate depends on the data."""
     layers = np.arange(depth)
     if schedule == 'exclude':
-        return (layers >= num_initial).astype(float)
+        return (layers >= excluded).astype(float)
     if schedule == 'ramp':
         return layers / max(depth - 1, 1)
     return np.ones(depth)
 
 
-def recalibrate(logits: jax.Array, masked: jax.Array, gate: float | jax.Array) -> jax.Array:
+def recalibrate(logits: jax.Array, masked: jax.Array, gate: float | jax.Array, rows: str = 'visible') -> jax.Array:
     """Multiply the attention weight of masked keys in visible rows by `gate`, before the softmax renormalises it.
 
     Args:
       logits: (B, h, N, N), relative-position bias included.
       masked: bool (B, N).
       gate: g in [0, 1], a number or one value per key, (B, N). At most 1e-4 removes the key.
+      rows: 'all' treats masked rows as the visible ones.
 
     Returns:
-      float32 logits of the same shape; masked rows are untouched.
+      float32 logits of the same shape; masked rows are untouched unless rows is 'all'.
     """
     gate = jnp.broadcast_to(jnp.asarray(gate, jnp.float32), masked.shape)
     removed = gate <= MIN_GATE
     shift = jnp.where(removed, jnp.finfo(jnp.float32).min, jnp.log(jnp.where(removed, 1.0, gate)))
-    pairs = ~masked[:, None, :, None] & masked[:, None, None, :]
+    pairs = masked[:, None, None, :]
+    if rows == 'visible':
+        pairs = pairs & ~masked[:, None, :, None]
     logits = logits.astype(jnp.float32)
     # A minimum, not a sum, where a key is removed: a sum could overflow to -inf.
     return jnp.where(
@@ -295,16 +310,18 @@ def singularity_loss(het_or_rho: Sequence[jax.Array], measure: str) -> jax.Array
     return jnp.mean(1.0 - values) if measure == 'entropy' else jnp.mean(jax.nn.softplus(values))
 
 
-def ranking_loss(het: Sequence[jax.Array], first: int, margin: float) -> jax.Array:
+def ranking_loss(het: Sequence[jax.Array], first: int, margin: float, stop_previous: bool = True) -> jax.Array:
     """L_r: `mean over l >= first of max(0, Het^l - stop_gradient(Het^(l-1)) + margin)`.
 
     Args:
       het: heterogeneity of the blocks read, in order.
       first: index in `het` of the first block that must lie below the one before it, at least 1.
       margin: how far below.
+      stop_previous: without it, the gradient flows into the earlier block too.
     """
     het = jnp.stack(list(het))
-    drop = het[first:] - jax.lax.stop_gradient(het[first - 1 : -1]) + margin
+    before = jax.lax.stop_gradient(het[first - 1 : -1]) if stop_previous else het[first - 1 : -1]
+    drop = het[first:] - before + margin
     return jnp.maximum(drop, 0.0).mean()
 
 
@@ -364,7 +381,7 @@ class BlockHook:
             het = jax.lax.stop_gradient(entropy(s.affinity, per_token=True))
             gate = jnp.pad(1.0 - het, ((0, 0), (masked.shape[1] - het.shape[1], 0)), constant_values=1.0)
             gate = jnp.clip(gate, 0.0, 1.0)
-        out = biased if isinstance(gate, float) and gate == 1.0 else recalibrate(biased, masked, gate)
+        out = biased if isinstance(gate, float) and gate == 1.0 else recalibrate(biased, masked, gate, s.rows)
         if not self.read:
             return out, {}
 
@@ -412,7 +429,7 @@ def losses(settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], dep
         terms['e'] = singularity_loss([stats[b][name] for b in read if b < k], settings.measure)
     if settings.w_r:
         first = max(1, sum(b < k for b in read))
-        terms['r'] = ranking_loss([stats[b]['het'] for b in read], first, settings.margin)
+        terms['r'] = ranking_loss([stats[b]['het'] for b in read], first, settings.margin, settings.stop_previous)
     return terms
 
 

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with a decay mask, and clipping."""
+"""The optimizer: AdamW with a decay mask, layer-wise rates, and clipping."""
 
 import jax
 import optax
@@ -22,8 +22,27 @@ def decay_mask(params, decay_tokens: bool):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def layer_scales(params, layer_decay: float):
+    """Factors of the learning rate, a pytree of floats like `params`: `layer_decay ** (blocks above + 1)`.
+
+    The patch projection, tokens and positions lie below block 0; the final norm, a shared relative-position table, and
+    whatever is not the encoder have factor 1 (the rule of BEiT's and MAE's fine-tuning codes).
+    """
+    depth = sum(name.startswith('block') for name in params['encoder']['blocks'])
+
+    def scale(path, _):
+        names = [p.key for p in path]
+        if names[0] != 'encoder' or names[1] in ('norm', 'relative_bias_table'):
+            return 1.0
+        index = 1 + int(names[2].removeprefix('block')) if names[1] == 'blocks' else 0
+        return layer_decay ** (depth + 1 - index)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
 def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW as `config.optim` has it, behind clipping by the global norm where `clip_norm` is positive."""
+    """AdamW as `config.optim` has it: behind clipping by the global norm where `clip_norm` is positive, and with the
+    rates of `layer_scales` where `layer_decay` is not 1."""
     tx = optax.adamw(
         schedule,
         b1=optim.b1,
@@ -32,4 +51,10 @@ def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
         weight_decay=optim.weight_decay,
         mask=lambda params: decay_mask(params, optim.decay_tokens),
     )
+    if optim.layer_decay != 1.0:
+
+        def by_layer(updates, params):
+            return jax.tree.map(lambda u, s: u * s, updates, layer_scales(params, optim.layer_decay))
+
+        tx = optax.chain(tx, optax.stateless(by_layer))
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx) if optim.clip_norm else tx

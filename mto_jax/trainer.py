@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mto_jax import checkpoint, methods, objective, optim, parallel, schedules, train_state
 from mto_jax.analysis import plots
 from mto_jax.data import pipeline, sources
+from mto_jax.data.order import steps_per_epoch
 from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
 from mto_jax.metrics import Log, Progress, describe_params, read_history, say
@@ -35,7 +36,7 @@ def pretrain(config: ConfigDict, workdir: Path) -> TrainState:
     encode = features.encoder(method, config)  # checks config.eval, whether or not it is used
     source = sources.open_source(config.data, config.data.train_split)
     watched = sources.open_source(config.data, config.data.val_split)
-    per_epoch = pipeline.steps_per_epoch(source.num_examples, config.batch_size)
+    per_epoch = steps_per_epoch(source.num_examples, config.batch_size)
     total = schedules.to_steps(config.epochs, per_epoch)
     schedule = schedules.learning_rate(config.optim, config.batch_size, total, per_epoch)
     checkpoint.claim_workdir(workdir, config.to_dict(), config.resume_anyway)

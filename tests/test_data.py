@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from mto_jax.data import augment, pipeline, sources
+from mto_jax.data import augment, order, pipeline, sources
 from mto_jax.errors import UserError
 
 COUNT = 37
@@ -193,7 +193,7 @@ def test_missing_data_says_what_to_do(config, change, split, word):
 
 def test_too_large_a_batch():
     with pytest.raises(UserError, match='batch_size is 64'):
-        pipeline.steps_per_epoch(37, 64)
+        order.steps_per_epoch(37, 64)
 
 
 def test_prefetch_keeps_order_and_measures_waiting():

@@ -1,10 +1,15 @@
 """Probes against independent forms."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from mto_jax import in_memory, methods, objective, optim
+from mto_jax.data import memory
 from mto_jax.errors import UserError
-from mto_jax.evals import features, knn, linear
+from mto_jax.evals import features, finetune, knn, linear
 
 
 def clusters(rng, n, classes=4, dim=6):
@@ -79,3 +84,41 @@ def test_features_are_those_of_the_tokens(config, rng):
         for kind, want in (('mean', tokens[:, 1:].mean(1)), ('class', tokens[:, 0])):
             config.eval.features = kind
             np.testing.assert_allclose(features.encoder(method, config)(params, images), want, atol=1e-5)
+
+
+def test_layer_scales_by_hand(config):
+    """Two blocks, decay 0.5: below them 1/8, then 1/4 and 1/2, the final norm and the head 1 (BEiT's rule)."""
+    method = methods.build(config)
+    encoder = objective.init_params(method, jax.random.key(0))['encoder']
+    scales = optim.layer_scales({'encoder': encoder, 'head': {'kernel': jnp.zeros(2)}}, 0.5)
+    assert set(jax.tree.leaves(scales['encoder']['patch_embed'])) == {0.125}
+    assert scales['encoder']['cls_token'] == 0.125
+    assert set(jax.tree.leaves(scales['encoder']['blocks']['block0'])) == {0.25}
+    assert set(jax.tree.leaves(scales['encoder']['blocks']['block1'])) == {0.5}
+    assert {*jax.tree.leaves(scales['encoder']['norm']), scales['head']['kernel']} == {1.0}
+    tx = optim.adamw(config.optim.copy_and_resolve_references(), optax.constant_schedule(1.0))
+    config.optim.layer_decay = 0.5
+    by_layer = optim.adamw(config.optim, optax.constant_schedule(1.0))
+    params = {'encoder': encoder}
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain, _ = tx.update(grads, tx.init(params), params)
+    scaled, _ = by_layer.update(grads, by_layer.init(params), params)
+    want = jax.tree.map(lambda u, s: u * s, plain, optim.layer_scales(params, 0.5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scaled, want)
+
+
+def test_finetune_learns_from_few_labels(config):
+    """Two seeds at once: well above chance, and the same as each alone."""
+    config.finetune.epochs, config.finetune.label_share, config.finetune.batch_size = 15.0, 0.5, 16
+    config.finetune.optim.base_lr, config.finetune.optim.warmup_epochs = 0.1, 1.0
+    config.finetune.optim.layer_decay = 0.75
+    config.data.train_split = 'train[:600]'
+    train, test = memory.load(config.data, 'train[:600]'), memory.load(config.data, 'test[:200]')
+    method = methods.build(config)
+    params = [objective.init_params(method, jax.random.key(s)) for s in (1, 2)]
+    both = finetune.accuracies(method, in_memory.stack(params), (1, 2), train, test, config)
+    assert min(both) > 0.4
+    alone = finetune.accuracies(method, in_memory.stack(params[1:]), (2,), train, test, config)
+    assert alone[0] == pytest.approx(both[1], abs=0.02)
+    assert len(finetune.subset(600, 0.1, 3)) == 60
+    assert (finetune.subset(600, 0.1, 3) != finetune.subset(600, 0.1, 4)).any()

@@ -82,9 +82,9 @@ for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'orbax',
     sys.modules[name] = None
 import jax, numpy as np, optax
 from configs import quickstart
-from mto_jax import losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
-from mto_jax.evals import knn, linear
-from mto_jax.data import augment
+from mto_jax import in_memory, losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
+from mto_jax.evals import finetune, frozen, knn, linear
+from mto_jax.data import augment, memory, order
 c = quickstart.get_config()
 method = methods.build(c)
 tx = optim.adamw(c.optim, optax.constant_schedule(1e-3))

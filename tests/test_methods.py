@@ -229,7 +229,7 @@ def test_reading_statistics_does_not_change_the_forward(config, rng, name):
 def test_exclusion_keeps_visible_tokens_clean(config, rng, name):
     """With g = 0 in all blocks, no masked token reaches a visible one: their gradient to the mask token is 0."""
     config.method, config.mask_ratio = name, 0.5
-    config.mto.enabled, config.mto.recalibration, config.mto.initial_blocks = True, 'exclude', -1
+    config.mto.enabled, config.mto.recalibration, config.mto.exclude_blocks = True, 'exclude', -1
     method = methods.build(config)
     images = rng.normal(size=(4, 28, 28, 1)).astype(np.float32)
     params = randomised(objective.init_params(method, jax.random.key(0)), rng)

@@ -136,6 +136,14 @@ def test_recalibrate_scales_weights(case, gate):
         assert got[0][:, ~masked[0]][:, :, masked[0]].max() == 0
 
 
+def test_recalibrate_all_rows(case):
+    """Masked queries too lose the masked keys, their own among them."""
+    logits, _, masked, tol = case
+    got = np.asarray(jax.nn.softmax(mto.recalibrate(logits, jnp.asarray(masked), 0.0, 'all')))
+    p = np.where(masked[:, None, None, :], 0.0, np.exp(f64(logits)))
+    np.testing.assert_allclose(got, p / p.sum(-1, keepdims=True), rtol=tol, atol=1e-7)
+
+
 def test_recalibrate_per_key(case, rng):
     logits, _, masked, tol = case
     gate = rng.uniform(size=(B, N)) * (rng.uniform(size=(B, N)) > 0.3)
@@ -210,6 +218,8 @@ def test_ranking_loss_by_hand():
     grad = jax.grad(lambda h: mto.ranking_loss(list(h), 1, 0.02))(jnp.stack(het))
     # Only the later block of each active pair is pulled; the earlier one is a constant.
     np.testing.assert_allclose(grad, [0, 1 / 3, 0, 1 / 3], atol=1e-6)
+    free = jax.grad(lambda h: mto.ranking_loss(list(h), 1, 0.02, stop_previous=False))(jnp.stack(het))
+    np.testing.assert_allclose(free, [-1 / 3, 1 / 3, -1 / 3, 1 / 3], atol=1e-6)
 
 
 def test_singularity_loss_by_hand():
@@ -242,6 +252,8 @@ def test_gates_by_hand():
         ({'w_e': -1.0}, 'mto.w_e'),
         ({'warmup': 1.0}, 'mto.warmup'),
         ({'initial_blocks': -2}, 'mto.initial_blocks'),
+        ({'exclude_blocks': 9}, 'mto.exclude_blocks'),
+        ({'rows': 'x'}, 'mto.rows'),
         ({'initial_blocks': 9}, 'mto.initial_blocks'),
         ({'blocks': (0, 8)}, 'mto.blocks'),
         ({'w_r': 1.0, 'margin': 0.2}, 'mto.margin'),

@@ -131,7 +131,7 @@ def test_decay_mask(config, decay_tokens):
 
 def test_step_arithmetic():
     """ImageNet at batch 4096: 312 full batches, 249,600 steps in 800 epochs; half steps round up."""
-    from mto_jax.data.pipeline import steps_per_epoch
+    from mto_jax.data.order import steps_per_epoch
 
     assert steps_per_epoch(1_281_167, 4096) == 312
     assert schedules.to_steps(800, 312) == 249_600

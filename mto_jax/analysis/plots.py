@@ -1,5 +1,6 @@
 """Curves, heterogeneity and reconstructions as PNG files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Non
     if not names:
         return
     # Losses first, then what was measured beside them, in a stable order.
-    names.sort(key=lambda n: (not n.startswith(('loss', 'reconstruction', 'mto')), n))
+    names.sort(key=lambda n: (not n.startswith(('loss', 'reconstruction', 'mto')), re.sub(r'\d+', _padded, n)))
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     fig = Figure(figsize=(3.6 * columns, 2.7 * lines), layout='constrained')
@@ -89,6 +90,10 @@ def triplets(path: Path, images: Mapping[str, np.ndarray], columns: int) -> None
 def as_rgb(image: np.ndarray) -> np.ndarray:
     """(H, W, C) as something that can be shown: one channel is repeated, of more than three the first are taken."""
     return np.repeat(image[..., :1], 3, axis=-1) if image.shape[-1] < 3 else image[..., :3]
+
+
+def _padded(number: re.Match) -> str:
+    return number[0].zfill(6)
 
 
 def _index(name: str) -> int:

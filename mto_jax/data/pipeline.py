@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
+from mto_jax.data.memory import padded
+from mto_jax.data.order import batch_positions, steps_per_epoch
 from mto_jax.data.sources import Source
 from mto_jax.errors import UserError
 
@@ -106,17 +108,6 @@ def eval_image(encoded, data) -> tf.Tensor:
     return image
 
 
-def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Full batches in an epoch.
-
-    Raises:
-      UserError: if there is none.
-    """
-    if batch_size > num_examples:
-        raise UserError(f'batch_size is {batch_size}, larger than the {num_examples} training examples')
-    return num_examples // batch_size
-
-
 def train_batches(source: Source, data, batch_size: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
     """Batches of steps `start` to `stop` - 1: {'image': uint8 (B, H, W, C), 'label': int32 (B,)}.
 
@@ -136,17 +127,8 @@ def train_batches(source: Source, data, batch_size: int, seed: int, start: int, 
         return _finish(ds.batch(batch_size, drop_remainder=True), data)
 
     if source.random_access:
-
-        def positions():
-            order, epoch = None, None
-            for step in range(start, stop):
-                if step // per_epoch != epoch:
-                    epoch = step // per_epoch
-                    order = source.order(seed, epoch)
-                offset = step % per_epoch * batch_size
-                yield order[offset : offset + batch_size]
-
-        yield from batches(source.stream(positions()), start).as_numpy_iterator()
+        positions = batch_positions(source.num_examples, batch_size, seed, start, stop)
+        yield from batches(source.stream(positions), start).as_numpy_iterator()
         return
 
     step = start
@@ -176,10 +158,7 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0) -> Itera
 
     ds = examples.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
     for batch in _finish(ds.batch(batch_size), data).as_numpy_iterator():
-        count = len(batch['label'])
-        pad = batch_size - count
-        padded = {k: np.pad(v, ((0, pad), *[(0, 0)] * (v.ndim - 1))) for k, v in batch.items()}
-        yield padded | {'valid': np.arange(batch_size) < count}
+        yield padded(batch, batch_size)
 
 
 def _finish(ds: tf.data.Dataset, data) -> tf.data.Dataset:

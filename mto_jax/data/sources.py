@@ -43,10 +43,6 @@ class Source:
     def random_access(self) -> bool:
         return self.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of an epoch, an exact permutation, int64 (num_examples,). Random access only."""
-        return np.random.default_rng([seed, epoch]).permutation(self.num_examples)
-
     def stream(self, positions: Iterator[np.ndarray]) -> tf.data.Dataset:
         """Examples at the given positions, one array of them at a time. Random access only."""
         records = self.builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)

@@ -10,13 +10,11 @@ from ml_collections import ConfigDict
 from mto_jax import checkpoint, methods, objective, parallel
 from mto_jax.data import pipeline, sources
 from mto_jax.errors import UserError
-from mto_jax.evals import features, knn, linear
+from mto_jax.evals import features, frozen
 from mto_jax.metrics import say
 
-PROBES = ('knn', 'linear')
 
-
-def probe(encode: Callable, params, config, mesh, split: str, probes=PROBES) -> dict[str, float]:
+def probe(encode: Callable, params, config, mesh, split: str, probes=frozen.PROBES) -> dict[str, float]:
     """Accuracies on `split` of probes that learn from the training split: {'knn_<k>': share, 'linear': share}."""
     c, data = config.eval, config.data
     if c.batch_size % mesh.size:
@@ -27,17 +25,7 @@ def probe(encode: Callable, params, config, mesh, split: str, probes=PROBES) -> 
         return features.extract(encode, params, batches, mesh)
 
     arrays = (*examples(data.train_split, c.train_examples), *examples(split))
-    if arrays[1].max() >= data.num_classes or arrays[3].max() >= data.num_classes:
-        raise UserError(f'data.num_classes is {data.num_classes}, but the labels go up to {arrays[1].max()}')
-    out = {}
-    if 'knn' in probes:
-        found = knn.accuracy(*arrays, ks=c.knn_k, temperature=c.knn_temperature, num_classes=data.num_classes)
-        out |= {f'knn_{k}': value for k, value in found.items()}
-    if 'linear' in probes:
-        out['linear'], out['linear_l2'] = linear.accuracy(
-            *arrays, l2=tuple(c.linear_l2), steps=c.linear_steps, num_classes=data.num_classes
-        )
-    return out
+    return frozen.accuracies(arrays, c, data.num_classes, probes)
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, float]:

@@ -112,6 +112,8 @@ def architecture(config) -> vit.Architecture:
         qkv_bias=m.qkv_bias,
         layer_scale=m.layer_scale,
         drop_path=m.drop_path,
+        mask_token_scale=m.mask_token_scale,
+        mask_token_norm=m.mask_token_norm,
         init=m.init,
         dtype=jnp.dtype(m.dtype),
         remat=m.remat,

@@ -22,7 +22,7 @@ class Decoder(nn.Module):
         """x (B, P + K, encoder width) to predictions (B, N, outputs), the blocks' output and the embedded tokens."""
         a = self.arch
         x = nn.Dense(a.width, dtype=a.dtype, kernel_init=flat_xavier, name='embed')(x)
-        token = self.param('mask_token', a.token_init, (1, 1, a.width)).astype(a.dtype)
+        token = vit.mask_token(self)
         prefix, visible = x[:, : a.num_prefix], x[:, a.num_prefix :]
         hidden = jnp.broadcast_to(token, (x.shape[0], a.num_patches - visible.shape[1], a.width))
         patches = jnp.concatenate([visible, hidden], axis=1)

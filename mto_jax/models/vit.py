@@ -42,6 +42,8 @@ class Architecture:
       qkv_bias: which of queries, keys, values have a bias.
       layer_scale: initial value, 0 for none.
       drop_path: rate of the last block; it grows linearly from 0.
+      mask_token_scale: factor of the mask token's initial value.
+      mask_token_norm: length that the mask token is scaled to; 0 leaves it free.
       init: 'mae' (xavier uniform, normal tokens) or 'beit' (normals cut at one deviation, scaled with depth).
       dtype: of matrix products and the residual stream; parameters are float32.
       remat: recompute each block in the backward pass.
@@ -61,6 +63,8 @@ class Architecture:
     qkv_bias: str = 'qkv'
     layer_scale: float = 0.0
     drop_path: float = 0.0
+    mask_token_scale: float = 1.0
+    mask_token_norm: float = 0.0
     init: str = 'mae'
     dtype: Any = jnp.float32
     remat: bool = False
@@ -212,8 +216,7 @@ class ViT(nn.Module):
             patch_kwargs['bias_init'] = torch_default_bias(patches.shape[-1])
         x = nn.Dense(a.width, **patch_kwargs)(patches)
         if mask is not None:
-            token = self.param('mask_token', a.token_init, (1, 1, a.width)).astype(a.dtype)
-            x = jnp.where(mask[..., None], token, x)
+            x = jnp.where(mask[..., None], mask_token(self), x)
         embedded = x
 
         cls = self.param('cls_token', a.token_init, (1, 1, a.width)) if a.class_token else None
@@ -245,6 +248,20 @@ class ViT(nn.Module):
         if depth is None:
             out = out.replace(tokens=layer_norm('norm')(out.tokens).astype(a.dtype))
         return out.replace(embedded=embedded if mask is not None else None)
+
+
+def mask_token(module: nn.Module) -> jax.Array:
+    """The learnable mask token (1, 1, D) of a module, as its `arch` says; called inside its compact method."""
+    a = module.arch
+
+    def init(*args):
+        token = a.token_init(*args)
+        return token if a.mask_token_scale == 1.0 else a.mask_token_scale * token
+
+    token = module.param('mask_token', init, (1, 1, a.width))
+    if a.mask_token_norm:
+        token = token * (a.mask_token_norm / jnp.linalg.norm(token))
+    return token.astype(a.dtype)
 
 
 def torch_default_bias(fan_in: int):

@@ -1,0 +1,59 @@
+"""The command line: --config, --workdir, and --config.field=value, for everything that is run."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; the same one resumes. Default: runs/<config>.')
+
+
+def start(job: Callable[[ConfigDict, Path], object]) -> None:
+    """Parse the flags and call `job(config, workdir)`. Never returns.
+
+    `job` imports what it needs itself, so that a mistyped flag is reported before any library is loaded. What is wrong
+    with the user's input is one line on stderr and exit code 2.
+    """
+    # TensorFlow's start-up notes; an accelerator is jax's alone.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+    flags.mark_flag_as_required('config')
+
+    def main(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f'unknown argument {argv[1]!r}; config fields are set with --config.field=value')
+        if not flags.FLAGS['verbosity'].present:
+            logging.set_verbosity(logging.ERROR)  # the libraries' own chatter; --verbosity=0 shows it
+        from mto_jax.errors import UserError
+
+        file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+        name = Path(file).stem + (f'_{argument}' if argument else '')
+        try:
+            job(_CONFIG.value, Path(_WORKDIR.value or _CONFIG.value.workdir or f'runs/{name}'))
+        except UserError as e:
+            _stop(str(e))
+
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(argv):
+    """Parse the flags; an unknown field or config file is one line, not a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = _CONFIG.value.task  # where a config file failed to load, this raises
+        return rest
+    except (AttributeError, KeyError) as e:
+        words = ' '.join(str(e.args[0]).split())
+        _stop(f'unknown config field: {words}; configs/base.py lists all fields')
+    except (flags.Error, OSError) as e:
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        _stop(lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}')
+
+
+def _stop(problem: str):
+    print(f'error: {problem}', file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,66 @@
+"""Small data sets as whole arrays: for training that never leaves the device (`in_memory.py`)."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mto_jax.errors import UserError
+
+_SLICE = re.compile(r'(?P<name>\w+)(\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?')
+
+
+def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images, uint8 (n, H, W, C), and labels, int32 (n,), of one split.
+
+    Args:
+      data: `config.data`. Where `data_dir` ends in .npz, the split 'train' is its arrays train_image and train_label,
+        and neither TensorFlow nor TFDS is needed; else the data set is decoded as an evaluation reads it.
+      split: a name or a slice, 'train[:90%]', 'train[100:]'.
+
+    Raises:
+      UserError: if there are no such data, or the images are not of the config's size.
+    """
+    if not data.data_dir.endswith('.npz'):
+        from mto_jax.data import pipeline, sources
+
+        source = sources.open_source(data, split)
+        batches = list(pipeline.eval_batches(source, data, min(512, source.num_examples)))
+        images, labels = (np.concatenate([b[k][b['valid']] for b in batches]) for k in ('image', 'label'))
+        return images, labels
+
+    if not Path(data.data_dir).exists():
+        raise UserError(
+            f'data.data_dir is {data.data_dir!r}: no such file; data/make_fashion_mnist.py --format=npz writes one'
+        )
+    found = _SLICE.fullmatch(split)
+    with np.load(data.data_dir) as arrays:
+        if not found or f'{found["name"]}_image' not in arrays:
+            names = ', '.join(n.removesuffix('_image') for n in arrays if n.endswith('_image'))
+            raise UserError(f'data: {data.data_dir} has no split {split!r}; it has {names} and slices of them')
+        images, labels = arrays[f'{found["name"]}_image'], arrays[f'{found["name"]}_label']
+    wanted = (*data.image_size, data.channels)
+    if images.shape[1:] != wanted or images.dtype != np.uint8:
+        raise UserError(f'data: the images are {images.dtype} {images.shape[1:]}, the config says uint8 {wanted}')
+    part = slice(_position(found['start'], len(images), 0), _position(found['stop'], len(images), len(images)))
+    return images[part], labels[part].astype(np.int32)
+
+
+def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in batches as `pipeline.eval_batches` yields them."""
+    for i in range(0, len(images), size):
+        yield padded({'image': images[i : i + size], 'label': labels[i : i + size]}, size)
+
+
+def padded(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """A batch of at most `size` examples padded with zeros to `size`, and 'valid', bool (size,), says which are real."""
+    count = len(batch['label'])
+    out = {k: np.pad(v, ((0, size - count), *[(0, 0)] * (v.ndim - 1))) for k, v in batch.items()}
+    return out | {'valid': np.arange(size) < count}
+
+
+def _position(text: str | None, total: int, default: int) -> int:
+    if not text:
+        return default
+    return round(float(text[:-1]) / 100 * total) if text.endswith('%') else int(text)

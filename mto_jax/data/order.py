@@ -1,0 +1,32 @@
+"""In which order examples are seen: a function of the seed and the step alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mto_jax.errors import UserError
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Full batches in an epoch.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise UserError(f'batch_size is {batch_size}; it must be 1 to {num_examples}, the training examples')
+    return num_examples // batch_size
+
+
+def batch_positions(num_examples: int, batch_size: int, seed: int, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Positions of the examples of steps `start` to `stop` - 1, int64 (batch_size,) each.
+
+    An epoch is the full batches of a permutation of its own; the few examples left over come back in other epochs.
+    """
+    per_epoch, order, epoch = steps_per_epoch(num_examples, batch_size), None, None
+    for step in range(start, stop):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+        offset = step % per_epoch * batch_size
+        yield order[offset : offset + batch_size]

@@ -1,0 +1,266 @@
+"""Training in memory, the measures of speed on hand-worked curves, and a study from its grid to its report."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs import study_mae, study_simmim
+from mto_jax import in_memory, methods, study, trainer
+from mto_jax.analysis import speed, study_report
+from mto_jax.data import memory
+from mto_jax.errors import UserError
+
+INF = float('inf')
+
+
+def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path):
+    """Two seeds in one dispatch, over an epoch's end, against two runs of the main job."""
+    config.data.crop, config.data.train_split = 'resize', 'train[:100]'
+    config.mto.enabled, config.mto.recalibration, config.mto.w_e = True, 'ramp', 0.1
+    config.epochs, config.optim.base_lr, config.diagnose_every = 3.0, 0.01, 0
+    images, _ = memory.load(config.data, config.data.train_split)
+    job = in_memory.prepare(config, images)
+    begin = in_memory.stack([job.create(s) for s in (4, 5)])
+    steps = job.train(begin, (4, 5), 0, (5, job.total))
+    assert next(steps)[0] == 5
+    step, states, terms = next(steps)
+    assert step == job.total == 9
+    assert all(np.isfinite(v).all() and v.shape == (2,) for v in terms.values())
+    for i, seed in enumerate((4, 5)):
+        config.seed = seed
+        state = trainer.pretrain(config, tmp_path / str(seed))
+
+        def compare(path, a, b):
+            # A key bias has a gradient of exactly zero, whose rounding Adam blows up.
+            if path[-1].key != 'k_bias':
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6, err_msg=str(path))
+
+        jax.tree_util.tree_map_with_path(compare, in_memory.take(states, i).params, state.params)
+
+
+def test_in_memory_refuses_crops(config):
+    with pytest.raises(UserError, match=r'data\.crop'):
+        in_memory.prepare(config, np.zeros((40, 28, 28, 1), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ('split', 'want'),
+    [
+        ('train', (0, 50)),
+        ('train[:10]', (0, 10)),
+        ('train[40:]', (40, 50)),
+        ('train[:90%]', (0, 45)),
+        ('train[10%:20%]', (5, 10)),
+    ],
+)
+def test_splits_of_arrays(config, tmp_path, split, want):
+    images = np.random.default_rng(0).integers(0, 256, (50, 28, 28, 1), np.uint8)
+    np.savez(tmp_path / 'a.npz', train_image=images, train_label=np.arange(50))
+    config.data.data_dir = str(tmp_path / 'a.npz')
+    got, labels = memory.load(config.data, split)
+    np.testing.assert_array_equal(labels, np.arange(*want))
+    np.testing.assert_array_equal(got, images[slice(*want)])
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'word'),
+    [('data_dir', 'none.npz', 'none.npz'), ('channels', 3, r'\(28, 28, 3\)'), ('train_split', 'val', "'val'")],
+)
+def test_bad_arrays_are_named(config, tmp_path, field, value, word):
+    np.savez(tmp_path / 'a.npz', train_image=np.zeros((5, 28, 28, 1), np.uint8), train_label=np.zeros(5))
+    config.data.data_dir = str(tmp_path / 'a.npz')
+    config.data[field] = value
+    with pytest.raises(UserError, match=word):
+        memory.load(config.data, config.data.train_split)
+
+
+def test_arrays_of_a_tfds_data_set(config):
+    images, labels = memory.load(config.data, 'test[:70]')
+    assert images.shape == (70, 28, 28, 1)
+    assert images.dtype == np.uint8
+    assert set(labels) <= set(range(10))
+    batches = list(memory.batches(images, labels, 32))
+    np.testing.assert_array_equal(np.concatenate([b['image'][b['valid']] for b in batches]), images)
+    assert {len(b['image']) for b in batches} == {32}
+
+
+@pytest.mark.parametrize(
+    ('values', 'target', 'want'),
+    [
+        ((0.6, 0.7, 0.8), 0.8, 1.0),
+        ((0.6, 0.8, 0.9), 0.8, 0.5),
+        ((0.6, 0.8, 0.9), 0.7, math.sqrt(2) / 4),  # half-way between E/4 and E/2 in log epochs
+        ((0.8, 0.9, 0.9), 0.7, 0.25),
+        ((0.6, 0.7, 0.8), 0.9, INF),
+        ((0.6, math.nan, 0.8), 0.7, 0.5),  # half-way between E/4 and E
+        ((math.nan, 0.9, 0.8), 0.85, 0.5),
+        ((0.6, 0.9, 0.8), 0.85, 2 ** (-2 + 5 / 6)),
+    ],
+)
+def test_epochs_to_match_by_hand(values, target, want):
+    assert speed.epochs_to_match((1, 2, 4), values, target) == pytest.approx(want)
+
+
+def test_testable_by_hand():
+    """Gains 1, 2, 3: mean 2, standard error 1 / sqrt(3). Gains -1, 1: mean 0."""
+    assert speed.testable([0, 0, 0], [1, 2, 3])
+    assert not speed.testable([0, 0], [-1, 1])
+    assert not speed.testable([0], [1])
+
+
+def test_rauc_by_hand():
+    """Above a start of 1, the baseline's area is 0.5 + 1.5 = 2, the method's 1 + 2 = 3."""
+    assert speed.rauc((0, 1, 2), (2, 2, 4), (1, 2, 3), 1) == pytest.approx(3 / 2)
+    assert speed.rauc((0, 1, 2), (1, 2, 3), (1, 2, 3), 1) == 1
+    assert speed.rauc((0, 1, 2), (1, math.nan, 5), (1, 2, 3), 1) == pytest.approx(2)
+    assert math.isnan(speed.rauc((0, 1), (1, math.nan), (1, 2), 1))
+
+
+def test_paired_by_hand():
+    """Differences 1, 2, 3: mean 2, t(0.975, 2) = 4.3027, standard error 1 / sqrt(3)."""
+    mean, half = speed.paired([2, 4, 6], [1, 2, 3])
+    assert mean == pytest.approx(2)
+    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(speed.paired([2], [1])[1])
+
+
+def test_match_interval_brackets_the_estimate():
+    baseline = np.array([[0.6, 0.7, 0.8], [0.61, 0.71, 0.81], [0.59, 0.69, 0.79]])
+    found = speed.match_interval((1, 2, 4), baseline + 0.1, baseline)
+    assert found == pytest.approx((0.5, 0.5, 0.5))
+    assert speed.match_interval((1, 2, 4), baseline - 0.1, baseline) == (INF, INF, INF)
+
+
+@pytest.fixture
+def two_runs(config):
+    """A grid of two variants with two seeds at once, of the smallest model."""
+    config.model.depth = config.mae.decoder_depth = 1
+    config.data.crop, config.data.train_split = 'resize', 'train[:200]'
+    config.optim.base_lr = 0.01
+    config.finetune.epochs, config.finetune.optim.warmup_epochs, config.finetune.batch_size = 1.0, 0.0, 8
+    c = config.study
+    c.variants = {'baseline': {}, 'mto': {'mto': {'enabled': True, 'recalibration': 'exclude'}}}
+    c.seeds, c.seeds_at_once, c.evaluations, c.split = (0, 1), 2, 2, 'test'
+    return config
+
+
+def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
+    table = study.run(two_runs, tmp_path)
+    rows = study.read(table)
+    # Two variants x two seeds x two evaluations, and the untrained networks of the baseline's run.
+    assert len(rows) == 2 * 2 * 2 + 2
+    assert all(0 < float(r['linear']) <= 1 and float(r['reconstruction']) > 0 for r in rows)
+    final = [r for r in rows if r['epoch'] == r['budget']]
+    assert len(final) == 4
+    assert all(float(r['finetune']) > 0 and len(r['het'].split()) == 1 for r in final)
+
+    capsys.readouterr()
+    monkeypatch.setattr(study, '_train', None)
+    study.run(two_runs, tmp_path)
+    assert capsys.readouterr().out.count('in the table') == 2
+    assert study.read(table) == rows
+
+    monkeypatch.setattr('sys.argv', ['report', str(tmp_path)])
+    study_report.main()
+    assert '| mto | 2 |' in (tmp_path / 'table.md').read_text()
+    assert (tmp_path / 'table.png').stat().st_size > 10_000
+
+
+def test_report_by_hand(tmp_path):
+    """A method that is 2.5 points better everywhere, on a baseline that gains a point from budget to budget."""
+    rows = []
+    for variant, gain in (('baseline', 0.0), ('better', 0.025)):
+        for i, budget in enumerate((1.0, 2.0, 4.0)):
+            for seed in range(3):
+                about = {'config': 'x', 'method': 'mae', 'variant': variant, 'seed': seed, 'budget': budget}
+                for part in (0.5, 1.0):
+                    value = 0.7 + 0.01 * i + gain + 0.001 * seed - 0.02 * (1 - part)
+                    row = about | {'epoch': part * budget, 'linear': value, 'knn': value, 'reconstruction': 0.3}
+                    rows.append(row | {'het': '0.9 0.8', 'step_seconds': 0.1 + gain})
+    rows += [r | {'epoch': 0.0, 'linear': 0.6, 'knn': 0.6, 'het': None} for r in rows if r['variant'] == 'baseline']
+    study.append(tmp_path / 'a.csv', rows)
+    study_report.write(tmp_path / 'a.csv')
+    text = (tmp_path / 'a.md').read_text()
+    # It starts above where the baseline ends; areas over epochs 2 to 4, above .6: (.136 + .146) over (.111 + .121).
+    assert f'| better | linear probe | at most 0.25 (at most 0.25 to at most 0.25) | {0.282 / 0.232:.2f} |' in text
+    assert '| baseline | linear probe | 1.00 (1.00 to 1.00) | 1.00 |' in text
+    assert '| better | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 | 1.25 |' in text
+    assert (tmp_path / 'a.png').stat().st_size > 10_000
+
+
+def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
+    """Killed while the second evaluation is saved: the run goes on from the first, to the same rows."""
+    two_runs.study.variants = {'baseline': {}}
+    whole = study.read(study.run(two_runs, tmp_path / 'whole'))
+
+    real, calls = study.finetune.accuracies, []
+
+    def killed(*args):
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.finetune, 'accuracies', killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(two_runs, tmp_path / 'part')
+    assert calls
+    assert not (tmp_path / 'part' / 'table.csv').exists()
+    monkeypatch.setattr(study.finetune, 'accuracies', real)
+    resumed = study.read(study.run(two_runs, tmp_path / 'part'))
+    for row in (*whole, *resumed):
+        row.pop('step_seconds')
+    assert resumed == whole
+    assert not list((tmp_path / 'part' / 'runs').iterdir())
+
+
+def test_shares_of_a_grid_cover_it(two_runs, tmp_path, monkeypatch):
+    seen = []
+
+    def trained(config, seeds, train, test, place, from_zero):
+        seen.append((config.epochs, config.mto.enabled, seeds))
+        place.mkdir(parents=True)
+        return []
+
+    monkeypatch.setattr(study, '_train', trained)
+    two_runs.study.budgets, two_runs.study.count = (2.0, 4.0), 3
+    for two_runs.study.index in range(3):
+        study.run(two_runs, tmp_path / str(two_runs.study.index))
+    assert sorted(seen) == [(b, m, (0, 1)) for b in (2.0, 4.0) for m in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ('variants', 'word'),
+    [
+        ({}, 'baseline'),
+        ({'baseline': {'mto': {'w_x': 1.0}}}, 'w_x'),
+        ({'baseline': {}, 'a': {'mask_ratio': 'x'}}, 'mask_ratio'),
+        ({'baseline': {}, 'a': {'mask_ratio': 1.5}}, 'mask_ratio'),
+    ],
+)
+def test_a_bad_grid_is_named(two_runs, tmp_path, variants, word):
+    two_runs.study.variants = variants
+    with pytest.raises(UserError, match=word):
+        study.run(two_runs, tmp_path / 'w')
+    assert not (tmp_path / 'w').exists()
+
+
+def test_budgets_scale_the_schedule(two_runs):
+    two_runs.epochs, two_runs.optim.warmup_epochs, two_runs.optim.decay_epochs = 4.0, 0.4, (3.0,)
+    two_runs.study.budgets = (2.0, 4.0)
+    setups = {(n, b): s for n, b, _, s in study.grid(two_runs)}
+    half = setups['mto', 2.0]
+    assert (half.epochs, half.optim.warmup_epochs, half.optim.decay_epochs) == (2.0, 0.2, (1.5,))
+    assert half.mto.enabled
+    assert not setups['baseline', 2.0].mto.enabled
+    assert study.fingerprint(half) != study.fingerprint(setups['mto', 4.0])
+
+
+@pytest.mark.parametrize('stage', ['tune', 'explore'])
+@pytest.mark.parametrize('module', [study_simmim, study_mae])
+def test_shipped_studies_are_valid(module, stage):
+    """Every variant builds, and no two of a stage are the same."""
+    setups = [setup for *_, seeds, setup in study.grid(module.get_config(stage)) if seeds == (0,)]
+    for setup in setups:
+        methods.build(setup)
+    assert len({study.fingerprint(s) for s in setups}) == len(setups)
