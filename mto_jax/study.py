@@ -7,8 +7,10 @@ machines take shares of one grid (`config.study.index` of `config.study.count`);
 `python -m mto_jax.analysis.study_report` makes tables and pictures of such tables.
 """
 
+import contextlib
 import csv
 import hashlib
+import io
 import itertools
 import json
 import shutil
@@ -203,17 +205,15 @@ def read(table: Path) -> list[dict[str, str]]:
 
 def append(table: Path, rows: Sequence[dict]) -> None:
     """Add rows in one write, so that several processes can share a table."""
-    try:
-        with table.open('x') as f:
-            f.write(','.join(COLUMNS) + '\n')
-    except FileExistsError:
-        pass
-    lines = []
+    with contextlib.suppress(FileExistsError), table.open('x') as f:
+        f.write(','.join(COLUMNS) + '\n')
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator='\n')
     for row in rows:
         cells = (row.get(c) for c in COLUMNS)
-        lines.append(','.join('' if v is None else f'{v:.5g}' if isinstance(v, float) else str(v) for v in cells))
+        writer.writerow([f'{v:.5g}' if isinstance(v, float) else v for v in cells])
     with table.open('a') as f:
-        f.write('\n'.join(lines) + '\n')
+        f.write(lines.getvalue())
 
 
 if __name__ == '__main__':

@@ -171,7 +171,7 @@ def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
 def test_report_by_hand(tmp_path):
     """A method that is 2.5 points better everywhere, on a baseline that gains a point from budget to budget."""
     rows = []
-    for variant, gain in (('baseline', 0.0), ('better', 0.025)):
+    for variant, gain in (('baseline', 0.0), ('better, too', 0.025)):
         for i, budget in enumerate((1.0, 2.0, 4.0)):
             for seed in range(3):
                 about = {'config': 'x', 'method': 'mae', 'variant': variant, 'seed': seed, 'budget': budget}
@@ -184,9 +184,9 @@ def test_report_by_hand(tmp_path):
     study_report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     # It starts above where the baseline ends; areas over epochs 2 to 4, above .6: (.136 + .146) over (.111 + .121).
-    assert f'| better | linear probe | at most 0.25 (at most 0.25 to at most 0.25) | {0.282 / 0.232:.2f} |' in text
+    assert f'| better, too | linear probe | at most 0.25 (at most 0.25 to at most 0.25) | {0.282 / 0.232:.2f} |' in text
     assert '| baseline | linear probe | 1.00 (1.00 to 1.00) | 1.00 |' in text
-    assert '| better | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 | 1.25 |' in text
+    assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 | 1.25 |' in text
     assert (tmp_path / 'a.png').stat().st_size > 10_000
 
 
