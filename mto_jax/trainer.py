@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, methods, objective, optim, parallel, schedules, train_state
+from mto_jax import checkpoint, cpu, methods, objective, optim, parallel, schedules, train_state
 from mto_jax.analysis import plots
 from mto_jax.data import pipeline, sources
 from mto_jax.data.order import steps_per_epoch
@@ -28,6 +28,8 @@ def pretrain(config: ConfigDict, workdir: Path) -> TrainState:
       UserError: for a bad config, missing data, a workdir of another run, or a step that is not finite.
     """
     mesh = parallel.make_mesh(config.mesh.data)
+    if jax.default_backend() == 'cpu':
+        cpu.keep_memory()
     parallel.check_batch(config.batch_size, config.accumulate, mesh)
     try:
         method = methods.build(config)
