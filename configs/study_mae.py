@@ -4,7 +4,7 @@ python -m mto_jax.study --config=configs/study_mae.py:explore
 """
 
 from configs import base, quickstart
-from configs.study_simmim import for_study, mto, mto_variants, rate, with_rate
+from configs.study_simmim import for_study, mto, mto_variants, rates_and_decays, stage, with_rate
 
 
 def prototype():
@@ -15,19 +15,11 @@ def prototype():
 
 
 def tune(c):
-    c.study.variants = {
-        'baseline': {},
-        'rate 5e-4': {'optim': rate(c, 5e-4)},
-        'rate 1e-3': {'optim': rate(c, 1e-3)},
-        'rate 4e-3': {'optim': rate(c, 4e-3)},
-        'rate 8e-3': {'optim': rate(c, 8e-3)},
-        'decay 1%': {'optim': {'weight_decay': 0.01}},
-        'decay 15%': {'optim': {'weight_decay': 0.15}},
+    c.study.variants = rates_and_decays(c) | {
         'ratio 50%': {'mask_ratio': 0.5},
         'ratio 60%': {'mask_ratio': 0.6},
         'ratio 85%': {'mask_ratio': 0.85},
         'b2 99%': {'optim': {'b2': 0.99}},
-        'warm-up 20%': {'optim': {'warmup_epochs': 0.2}},
         'clipping': {'optim': {'clip_norm': 1.0}},
         'normalised target': {'mae': {'norm_pix_loss': True}},
         'decoder of 2 blocks': {'mae': {'decoder_depth': 2}},
@@ -55,7 +47,4 @@ def explore(c):
 
 
 def get_config(argument: str):
-    stages = {'tune': tune, 'explore': explore}
-    if argument not in stages:
-        raise ValueError(f'unknown config argument {argument!r}; it must be one of {", ".join(stages)}')
-    return stages[argument](prototype())
+    return stage(argument, {'tune': tune, 'explore': explore}, prototype())

@@ -47,8 +47,9 @@ def rate(c, value: float) -> dict:
     return {'base_lr': value * c.optim.lr_reference / c.batch_size}
 
 
-def tune(c):
-    c.study.variants = {
+def rates_and_decays(c) -> dict:
+    """The baseline, and what every method's tuning starts with."""
+    return {
         'baseline': {},
         'rate 5e-4': {'optim': rate(c, 5e-4)},
         'rate 1e-3': {'optim': rate(c, 1e-3)},
@@ -56,6 +57,12 @@ def tune(c):
         'rate 8e-3': {'optim': rate(c, 8e-3)},
         'decay 1%': {'optim': {'weight_decay': 0.01}},
         'decay 15%': {'optim': {'weight_decay': 0.15}},
+        'warm-up 20%': {'optim': {'warmup_epochs': 0.2}},
+    }
+
+
+def tune(c):
+    c.study.variants = rates_and_decays(c) | {
         'ratio 40%': {'mask_ratio': 0.4},
         'ratio 50%': {'mask_ratio': 0.5},
         'ratio 75%': {'mask_ratio': 0.75},
@@ -67,7 +74,6 @@ def tune(c):
         'no clipping': {'optim': {'clip_norm': 0.0}},
         'learned positions': {'model': {'position': 'learned'}},
         'official initialisation': {'model': {'init': 'beit'}},
-        'warm-up 20%': {'optim': {'warmup_epochs': 0.2}},
         'drop path 10%': {'model': {'drop_path': 0.1}},
     }
     return c
@@ -129,8 +135,12 @@ def explore(c):
     return c
 
 
+def stage(name: str, stages: dict, c):
+    """The config of the stage that a config file's argument names."""
+    if name not in stages:
+        raise ValueError(f'unknown config argument {name!r}; it must be one of {", ".join(stages)}')
+    return stages[name](c)
+
+
 def get_config(argument: str):
-    stages = {'tune': tune, 'explore': explore}
-    if argument not in stages:
-        raise ValueError(f'unknown config argument {argument!r}; it must be one of {", ".join(stages)}')
-    return stages[argument](prototype())
+    return stage(argument, {'tune': tune, 'explore': explore}, prototype())
