@@ -89,8 +89,18 @@ def get_config() -> ConfigDict:
     c.epochs = 800.0
     c.optim = _optim()
 
-    c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices along the batch; -1 for all
+    c.mesh = ConfigDict()  # devices along each axis; -1 for the rest
+    c.mesh.data = -1  # splits the batch
+    c.mesh.fsdp = 1  # splits the batch, and parameters with their optimizer state
+    c.mesh.tensor = 1  # splits heads and MLP
+
+    c.hosts = ConfigDict()  # see mto_jax/hosts.py
+    c.hosts.coordinator = 'auto'  # 'auto' finds a TPU slice's or a SLURM step's hosts; host:port; '' for one host
+    c.hosts.count = 1  # with host:port: the number of hosts, and this one's own number from 0
+    c.hosts.index = 0
+    c.hosts.timeout = 300.0  # seconds within which all hosts must have started
+    c.allow_cpu = False  # train although no GPU or TPU is found
+    c.deterministic = False  # on a GPU: the same result bit by bit each time, slower
 
     c.log_every = 50  # steps
     c.diagnose_every = 1000  # steps; 0: never

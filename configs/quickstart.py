@@ -23,7 +23,7 @@ def small(c):
     c.model.attention = ''  # on a CPU, plain products are faster
     c.mae.decoder_depth, c.mae.decoder_width, c.mae.decoder_heads = 2, 64, 4
     c.mae.norm_pix_loss = False  # patches of 4 x 4 pixels are mostly flat: their own statistics are noise
-    c.batch_size = 128
+    c.batch_size, c.allow_cpu = 128, True
     c.epochs = 15.0
     c.optim.base_lr = 3e-3
     c.optim.warmup_epochs = 2.0

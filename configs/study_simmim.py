@@ -145,6 +145,11 @@ def refine(c):
         'ratio 75%': {'mask_ratio': 0.75},
         'exclude all, all rows': mto(recalibration='exclude', exclude_blocks=-1, rows='all'),
         'spa stronger': mto(w_spa=3.0),
+        'rate 8e-3, spa strong': {**mto(w_spa=1.0), 'optim': rate(c, 8e-3)},
+        'rate 8e-3, e r, e fades': {
+            **mto(w_e=0.1, w_r=1.0, initial_blocks=1, decay_e=True),
+            'optim': rate(c, 8e-3),
+        },
         'spa strong, r': mto(w_spa=1.0, w_r=1.0, initial_blocks=1),
         'spa strong, exclude 2, all rows': mto(w_spa=1.0, **apart),
         'r, exclude 2, all rows': mto(w_r=1.0, initial_blocks=1, **apart),

@@ -1,43 +1,38 @@
 """Checkpoints: the only module that imports orbax.
 
-A workdir holds `config.json` and `checkpoints/<step>/` with the items params, opt_state and config, so that an
-evaluation can read the parameters alone.
+A workdir holds `checkpoints/<step>/` with the items params, opt_state, config and about, so that an evaluation can read
+the parameters alone. `about` tells what the run depended on, and a checksum of every array: orbax does not notice a
+flipped bit, so a restored state is compared with it.
 """
 
-import json
+import contextlib
+import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from mto_jax import hosts
 from mto_jax.errors import UserError
+from mto_jax.metrics import say
 from mto_jax.train_state import TrainState
 
-# Fields that change what is shown or kept, not what is computed.
-FREE_FIELDS = (
-    'log_',
-    'diagnose_every',
-    'checkpoints.',
-    'eval.',
-    'compare.',
-    'finetune.',
-    'study.',
-    'workdir',
-    'resume_anyway',
-    'task',
-)
-FREE_FIELDS += ('checkpoint', 'data.data_dir', 'data.threads', 'data.val_split', 'data.test_split')
+NAME = 'checkpoints'  # of the folder in a workdir
+ASIDE = 'damaged'  # where what cannot be restored is moved
 
 
 class Checkpointer:
     """Saves and restores the states of one workdir. Saving is asynchronous; `close` waits for it."""
 
-    def __init__(self, workdir: Path | str, keep: int = 1):
-        self.directory = Path(workdir).resolve() / 'checkpoints'
+    def __init__(self, workdir: epath.PathLike, keep: int = 1):
+        self.workdir = epath.Path(workdir).resolve()
+        self.directory = self.workdir / NAME
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),
@@ -46,12 +41,13 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True),
             # Named here, so that a new process can read the metadata of what an earlier one saved.
             item_handlers={
                 'params': ocp.StandardCheckpointHandler(),
                 'opt_state': ocp.StandardCheckpointHandler(),
                 'config': ocp.JsonCheckpointHandler(),
+                'about': ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -62,38 +58,116 @@ class Checkpointer:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, config: Mapping[str, Any], score: float) -> None:
-        """Save `state` under its step. `score`: higher is better; the best one is kept beside the newest."""
+    def save(self, state: TrainState, config: Mapping[str, Any], score: float, about: Mapping[str, Any]) -> None:
+        """Start to save `state` under its step.
+
+        Args:
+          config: of the run.
+          score: higher is better; the best one is kept beside the newest.
+          about: plain values, see `environment.describe`.
+
+        Raises:
+          UserError: if it cannot be written, or the save before this one could not. Older checkpoints are whole.
+        """
+        sums = {'params': checksums(state.params), 'opt_state': checksums(state.opt_state)}
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
             config=ocp.args.JsonSave(config),
+            about=ocp.args.JsonSave({**about, 'checksums': sums}),
         )
-        self._manager.save(int(state.step), args=args, metrics={'score': float(score)}, force=True)
+        with self._explained():
+            self._manager.save(int(state.step), args=args, metrics={'score': float(score)}, force=True)
+
+    def restore_newest(self, abstract: TrainState) -> TrainState | None:
+        """The newest state that is whole, or None where nothing was ever saved.
+
+        What is damaged is reported, and moved to `<workdir>/damaged`, so that its step can be saved again.
+
+        Raises:
+          UserError: if the checkpoint is of another model, or every one is damaged.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            problem, state = '', None
+            try:
+                state = self.restore(abstract, step)
+            except Damaged as e:
+                problem = str(e)
+            problem = next(filter(None, hosts.gather(problem)), '')
+            if not problem:
+                return state
+            del state
+            aside = self.workdir / ASIDE / str(step)
+            say(f'{problem}. It is moved to {aside}, and the checkpoint before it is used.')
+            self._put_aside(step, aside)
+        if steps:
+            raise UserError(
+                f'all checkpoints of {self.workdir} are damaged (steps {steps}); they are in {self.workdir / ASIDE}. '
+                'Start again to train from the beginning'
+            )
+        return None
+
+    def _put_aside(self, step: int, aside: epath.Path) -> None:
+        if hosts.is_first():
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            if aside.exists():
+                aside.rmtree()
+            (self.directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f'put aside {step}')
+        self._manager.reload()
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The state of `step`, with the shapes, dtypes and shardings of `abstract` (jax.ShapeDtypeStruct leaves).
 
         Raises:
           UserError: if paths, shapes or dtypes differ, before anything is read.
+          Damaged: if it cannot be read or is not what was saved.
         """
-        self.check(abstract.params, step, 'params')
-        self.check(abstract.opt_state, step, 'opt_state')
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            opt_state=ocp.args.StandardRestore(abstract.opt_state),
-        )
-        out = self._manager.restore(step, args=args)
+        items = {'params': abstract.params, 'opt_state': abstract.opt_state}
+        out = self._read(items, step)
         return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), out['params'], out['opt_state'])
 
     def restore_params(self, abstract: Any, step: int) -> Any:
         """The parameters of `step` alone. Raises as `restore`."""
-        self.check(abstract, step, 'params')
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))['params']
+        return self._read({'params': abstract}, step)['params']
+
+    def _read(self, items: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+        where = self.directory / str(step)
+        try:
+            for name, abstract in items.items():
+                self.check(abstract, step, name)
+            args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
+            out = self._manager.restore(step, args=ocp.args.Composite(**args, about=ocp.args.JsonRestore()))
+            wrong = []
+            for name in items:
+                found, saved = checksums(out[name]), out['about']['checksums'][name]
+                wrong += [f'{name}/{path}' for path in found if found[path] != saved[path]]
+        except UserError:
+            raise
+        except Exception as e:  # whatever a reader makes of a damaged file
+            first = next(iter(str(e).splitlines()), '')[:300]
+            raise Damaged(f'the checkpoint {where} cannot be read ({type(e).__name__}: {first})') from e
+        if wrong:
+            more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
+            raise Damaged(f'the checkpoint {where} is damaged: the checksum of {", ".join(wrong[:3])}{more} differs')
+        return out
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that the checkpoint was saved with."""
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+        return self._json(step, 'config')
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What the run depended on, see `save`."""
+        return self._json(step, 'about')
+
+    def _json(self, step, item):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+        except Exception as e:
+            first = next(iter(str(e).splitlines()), '')[:300]
+            raise Damaged(f'the checkpoint {self.directory / str(step)} cannot be read ({first})') from e
 
     def check(self, abstract: Any, step: int, item: str) -> None:
         """Compare the tree of a saved item with `abstract`.
@@ -122,74 +196,90 @@ class Checkpointer:
                 )
             )
 
+    def poll(self) -> None:
+        """Raise the error of the save under way, if it has failed by now."""
+        with self._explained():
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Wait for the save under way; raises its error."""
-        self._manager.wait_until_finished()
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait, and let go of the files. Raises nothing: it also runs while an error is on its way."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except Exception as e:
+            self._manager.reload()
+            first = next(iter(str(e).splitlines()), '')[:300]
+            raise UserError(
+                f'a checkpoint could not be saved in {self.directory} ({type(e).__name__}: {first}). '
+                f'Whole there: {", ".join(map(str, self.steps)) or "none"}. Make room or choose another --workdir; the '
+                'same command resumes'
+            ) from e
 
 
-def _flat(tree) -> dict[str, tuple]:
-    """{path: (shape, dtype name)} of every array, the same for live trees and orbax metadata."""
+class Damaged(UserError):
+    """A checkpoint that cannot be read, or is not what was saved."""
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """{path: uint32} of every array: the sum over its elements' bits times odd weights that differ by position.
+
+    Integer arithmetic modulo 2**32: exact, and the same for every sharding. Any single flipped bit changes it, and so
+    do elements that changed places. Computed on the devices.
+    """
+    leaves = {path: leaf for path, (leaf, *_) in _flat(tree, keep=True).items()}
+    return {path: int(v) for path, v in jax.device_get({p: _checksum(x) for p, x in leaves.items()}).items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = math.prod(x.shape[axis + 1 :]) % 2**32
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+    weights = (index * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
+    return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+
+def _flat(tree, keep: bool = False) -> dict[str, tuple]:
+    """{path: (shape, dtype name)} of every array, or (leaf,) with `keep`; as well of orbax metadata."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
     names = {}
     for path, leaf in leaves:
         parts = [str(getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', p)))) for p in path]
-        names['/'.join(parts)] = (tuple(leaf.shape), str(leaf.dtype))
+        names['/'.join(parts)] = (leaf,) if keep else (tuple(leaf.shape), str(leaf.dtype))
     return names
 
 
-def abstract_like(tree: Any, sharding) -> Any:
-    """jax.ShapeDtypeStruct leaves with `sharding`, for `restore`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """jax.ShapeDtypeStruct leaves with `shardings` (a tree like it, or one for all), for `restore`."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def claim_workdir(workdir: Path, config: Mapping[str, Any], resume_anyway: bool) -> None:
-    """Write `config.json` into a new workdir, or compare it with the one of the run that is to be resumed.
-
-    Raises:
-      UserError: if the workdir cannot be written, or fields that matter differ and `resume_anyway` is not set.
-    """
-    path = workdir / 'config.json'
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            changed = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
-            if changed and not resume_anyway:
-                raise UserError(
-                    f'{workdir} holds a run with another config:\n'
-                    + '\n'.join(f'  {k}: {a!r} there, {b!r} now' for k, (a, b) in changed.items())
-                    + '\nChoose another --workdir, or set --config.resume_anyway=True to go on with the new values.'
-                )
-        path.write_text(json.dumps(config, indent=2) + '\n')
-    except OSError as e:
-        raise UserError(f'the workdir {workdir} cannot be written: {e.strerror}') from None
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> dict[str, tuple]:
-    """Fields that differ between two configs, {dotted name: (old, new)}, without those that do not matter."""
-    out = {}
-    for key in sorted(old.keys() | new.keys()):
-        name, a, b = prefix + key, old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            out |= differences(a, b, f'{name}.')
-        elif a != b and not any(name == f or (f[-1] in '._' and name.startswith(f)) for f in FREE_FIELDS):
-            out[name] = (a, b)
-    return out
-
-
-def locate(path: str) -> tuple[Path, int]:
+def locate(path: str) -> tuple[epath.Path, int]:
     """The workdir and step that `config.checkpoint` names: a workdir (its newest step) or workdir/checkpoints/step.
 
     Raises:
       UserError: if there is no checkpoint.
     """
-    where = Path(path)
-    if where.name.isdigit() and where.parent.name == 'checkpoints' and where.is_dir():
+    where = epath.Path(path)
+    if where.name.isdigit() and where.parent.name == NAME and where.is_dir():
         return where.parent.parent, int(where.name)
-    steps = [int(p.name) for p in (where / 'checkpoints').glob('*') if p.name.isdigit()]
+    steps = [int(p.name) for p in (where / NAME).glob('*') if p.name.isdigit()]
     if not path or not steps:
         raise UserError(
             f'checkpoint is {path!r}: no checkpoint there; give the workdir of a pre-training, or its '

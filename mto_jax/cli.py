@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; the same one resumes. Default: runs/<config>.')
 
 
-def start(job: Callable[[ConfigDict, Path], object]) -> None:
+def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
     """Parse the flags and call `job(config, workdir)`. Never returns.
 
     `job` imports what it needs itself, so that a mistyped flag is reported before any library is loaded. What is wrong
@@ -33,7 +34,7 @@ def start(job: Callable[[ConfigDict, Path], object]) -> None:
         file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
         name = Path(file).stem + (f'_{argument}' if argument else '')
         try:
-            job(_CONFIG.value, Path(_WORKDIR.value or _CONFIG.value.workdir or f'runs/{name}'))
+            job(_CONFIG.value, epath.Path(_WORKDIR.value or _CONFIG.value.workdir or f'runs/{name}'))
         except UserError as e:
             _stop(str(e))
 

@@ -2,30 +2,34 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import methods, objective, parallel, train_state, trainer
+from mto_jax import hosts, methods, objective, parallel, train_state, trainer
 from mto_jax.analysis import plots
 from mto_jax.evals import features, probes
 from mto_jax.metrics import read_history, say
+from mto_jax.workdir import write
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, list[dict[str, float]]]:
+def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, float]]]:
     """Train and probe; writes `results.json`, `results.md` and pictures into workdir.
 
     Each run lies in `workdir/seed<s>/<name>`, where it resumes by itself. Test accuracies are in `results.json` as
     {row: one dict a seed}.
     """
-    mesh = parallel.make_mesh(config.mesh.data)
+    mesh = parallel.make_mesh(**config.mesh)
+    workdir = epath.Path(workdir)
     results: dict[str, list[dict[str, float]]] = {}
 
     def measure(name, encode, params, setup):
         say(f'probing {name} on {setup.data.test_split}')
-        results.setdefault(name, []).append(probes.probe(encode, params, setup, mesh, setup.data.test_split))
+        with jax.set_mesh(mesh):
+            found = probes.probe(encode, params, setup, mesh, setup.data.test_split)
+        results.setdefault(name, []).append(found)
 
     measure('raw pixels', features.raw_pixels, None, config)
     for seed in config.compare.seeds:
@@ -42,11 +46,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, list[dict[str, float]]]:
             state = trainer.pretrain(setup, workdir / f'seed{seed}' / (config.method + '_mto' * enabled))
             measure(name, encode, state.params, setup)
 
-    (workdir / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
     text = table(results, config.eval.knn_k[-1])
-    (workdir / 'results.md').write_text(text)
-    runs = {p.parent.name + '/' + p.name: read_history(p) for p in sorted(workdir.glob('seed*/*')) if p.is_dir()}
-    plots.curves(workdir / 'curves.png', runs)
+    if hosts.is_first():
+        write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
+        write(workdir / 'results.md', text)
+        runs = {p.parent.name + '/' + p.name: read_history(p) for p in sorted(workdir.glob('seed*/*')) if p.is_dir()}
+        plots.curves(workdir / 'curves.png', runs)
     say('\n' + text)
     say(f'table: {workdir}/results.md, curves: {workdir}/curves.png, pictures of each run: {workdir}/seed*/*')
     return results

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mto_jax import methods, objective, optim, schedules, train_state
+from mto_jax import train_state
 from mto_jax.data import order
 from mto_jax.errors import UserError
+from mto_jax.job import Job
+from mto_jax.job import prepare as prepare_job
 from mto_jax.train_state import Meter, TrainState
 
 
@@ -48,17 +50,14 @@ class Run:
     """Pre-training as a config says, on arrays. Compiled once for all seeds and starting points.
 
     Attributes:
-      method: the method's module.
-      total: steps of the training.
-      create: `seed -> TrainState` before the first step.
+      job: the training.
+      create: `seed -> TrainState` before the first step, jitted.
     """
 
-    method: methods.Method
-    total: int
+    job: Job
     create: Callable[[int], TrainState]
     _images: jax.Array
     _batch_size: int
-    _names: tuple[str, ...]
     _steps: Callable
 
     def train(
@@ -76,7 +75,7 @@ class Run:
         """
         keys = jnp.stack([train_state.stream(s, 'train') for s in seeds])
         for stop in stops:
-            meters = stack([Meter.empty(self._names) for _ in seeds])
+            meters = stack([Meter.empty(self.job.names) for _ in seeds])
             rows = [list(order.batch_positions(len(self._images), self._batch_size, s, start, stop)) for s in seeds]
             positions = np.array(rows, np.int32)
             states, meters = self._steps(states, meters, {'image': self._images}, positions, keys)
@@ -93,21 +92,5 @@ def prepare(config, images: np.ndarray) -> Run:
     """
     if config.data.crop != 'resize':
         raise UserError(f"data.crop is {config.data.crop!r}; training in memory takes whole images ('resize')")
-    try:
-        method = methods.build(config)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    per_epoch = order.steps_per_epoch(len(images), config.batch_size)
-    total = schedules.to_steps(config.epochs, per_epoch)
-    schedule = schedules.learning_rate(config.optim, config.batch_size, total, per_epoch)
-    tx = optim.adamw(config.optim, schedule)
-    loss_fn = objective.pretrain_loss(method, config.data)
-
-    @jax.jit
-    def create(seed) -> TrainState:
-        return train_state.create(objective.init_params(method, train_state.stream(seed, 'init')), tx)
-
-    batch = {'image': jax.ShapeDtypeStruct((config.batch_size // config.accumulate, *images.shape[1:]), np.uint8)}
-    names = train_state.term_names(loss_fn, jax.eval_shape(create, 0).params, batch)
-    train_step = train_state.make_train_step(loss_fn, tx, schedule, total, config.accumulate)
-    return Run(method, total, create, jnp.asarray(images), config.batch_size, names, make_steps(train_step))
+    job = prepare_job(config, len(images))
+    return Run(job, jax.jit(job.create), jnp.asarray(images), config.batch_size, make_steps(job.train_step))

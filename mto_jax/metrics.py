@@ -3,54 +3,65 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
+
+from mto_jax import hosts
+from mto_jax.workdir import write
 
 
 class Log:
-    """The record of one run, in its workdir. A resumed run drops what was written after the step it resumes from."""
+    """The record of one run, in its workdir, written by the first process alone.
 
-    def __init__(self, workdir: Path, start_step: int):
+    `metrics.jsonl` is written by `flush`, before each save: a run that resumes from there has every row up to it, and
+    drops later ones.
+    """
+
+    def __init__(self, workdir: epath.Path, start_step: int):
+        self._writer = None
+        if not hosts.is_first():
+            return
         # Here and not above: clu loads TensorFlow, which studies and evaluations in memory do without.
         from clu import metric_writers
 
-        self.path = workdir / 'metrics.jsonl'
+        self._path = workdir / 'metrics.jsonl'
         self._rows = [r for r in read_history(workdir) if r['step'] <= start_step]
-        self.path.write_text(''.join(json.dumps(r) + '\n' for r in self._rows))
         self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        values = {k: float(v) for k, v in values.items()}
-        self._writer.write_scalars(step, values)
-        with self.path.open('a') as f:
-            f.write(json.dumps({'step': step, **values}) + '\n')
+        if self._writer:
+            values = {k: float(v) for k, v in values.items()}
+            self._writer.write_scalars(step, values)
+            self._rows.append({'step': step, **values})
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """images: {name: float (B, H, W, C) in [0, 1]}."""
-        self._writer.write_images(step, images)
+        if self._writer:
+            self._writer.write_images(step, images)
+
+    def flush(self) -> None:
+        if self._writer:
+            write(self._path, ''.join(json.dumps(r) + '\n' for r in self._rows))
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.flush()
-        self._writer.close()
+        if self._writer:
+            self.flush()
+            self._writer.close()
 
 
-def read_history(workdir: Path) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl`, oldest first; empty without the file. A half-written last row is left out."""
+def read_history(workdir: epath.Path) -> list[dict[str, float]]:
+    """The rows of `metrics.jsonl`, oldest first; empty without the file."""
     path = workdir / 'metrics.jsonl'
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
+    """Print at once, also into a pipe; the first process only."""
+    if hosts.is_first():
+        print(text, flush=True)
 
 
 def describe_params(params) -> str:

@@ -1,26 +1,76 @@
-"""The device mesh and how arrays lie on it: the batch is split along 'data', the state is replicated."""
+"""The device mesh, how the state and the batch lie on it, and moving arrays between hosts and devices.
 
-from collections.abc import Mapping
+Axes: 'data' splits the batch; 'fsdp' splits the batch too, and every large parameter with its optimizer state along its
+largest divisible dimension; 'tensor' splits heads and MLP. All is `jax.jit` with shardings, what `pjit` became.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mto_jax.data.order import Part
 from mto_jax.errors import UserError
 
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = PartitionSpec(('data', 'fsdp'))
+SMALL = 4096  # elements; below that a collective costs more than a copy on each device
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh of `data` devices (-1: all of them) along the axis 'data'.
+# The axis of a parameter that 'tensor' splits, by the end of its path: heads, and the hidden units of the MLP.
+TENSOR_AXES = {
+    'qkv_kernel': 2,
+    'q_bias': 0,
+    'k_bias': 0,
+    'v_bias': 0,
+    'proj/kernel': 0,
+    'mlp_in/kernel': 1,
+    'mlp_in/bias': 0,
+    'mlp_out/kernel': 0,
+    'relative_bias_table': 1,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `devices` (default: all there are). One axis may be -1: the devices that the others leave.
 
     Raises:
-      UserError: if there are not so many devices.
+      UserError: if the axes do not make up the devices. On a single host they may take the first of them only.
     """
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
-    if not 1 <= count <= len(devices):
-        raise UserError(f'mesh.data is {data}; there are {len(devices)} devices ({devices[0].platform})')
+    given = jax.devices() if devices is None else list(devices)
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    shown = ', '.join(f'mesh.{n}={s}' for n, s in sizes.items())
+    if any(s < 1 and s != -1 for s in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise UserError(f'{shown}: each must be a positive number of devices, and one of them may be -1 for the rest')
+    known = math.prod(s for s in sizes.values() if s != -1)
+    sizes = {n: len(given) // known if s == -1 else s for n, s in sizes.items()}
+    used = math.prod(sizes.values())
+    rest = -1 in (data, fsdp, tensor)
+    if not 1 <= used <= len(given) or (used < len(given) and (rest or jax.process_count() > 1)):
+        raise UserError(
+            f'{shown} does not fit the {len(given)} {given[0].platform} device(s): the product of the axes must '
+            f'{"divide" if rest else "be"} that number'
+        )
     # With Explicit axes, the default, Linen layers would have to name their output shardings.
-    return jax.make_mesh((count,), ('data',), (AxisType.Auto,), devices=devices[:count])
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=given[:used])
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raise UserError where microbatches do not split evenly over the mesh."""
+    shards = batch_shards(mesh)
+    if accumulate < 1 or batch_size < 1 or batch_size % (accumulate * shards):
+        raise UserError(
+            f'batch_size is {batch_size}; it must be a positive multiple of accumulate ({accumulate}) times the '
+            f'{shards} devices of the mesh axes data ({mesh.shape["data"]}) and fsdp ({mesh.shape["fsdp"]})'
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -28,18 +78,87 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def along_batch(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec('data'))
+    return NamedSharding(mesh, BATCH)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keep activations (B, ...) split along the batch alone, so that the compiler gathers weights and not activations.
+
+    Does nothing outside `jax.set_mesh`.
+    """
+    if 'data' not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf (anything with a shape) of parameters, optimizer state or a whole training state.
+
+    Leaves are known by the end of their path, which parameters share with their moments and averages.
+
+    Raises:
+      UserError: if heads or MLP units do not divide by the axis 'tensor'.
+    """
+
+    def one(path, leaf):
+        names = [str(getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', p)))) for p in path]
+        return NamedSharding(mesh, _spec('/'.join(names), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    axes: list[str | None] = [None] * len(shape)
+    tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
+    if tensor > 1:
+        for end, axis in TENSOR_AXES.items():
+            if f'/{path}'.endswith(f'/{end}'):
+                if shape[axis] % tensor:
+                    raise UserError(
+                        f'mesh.tensor is {tensor}; it does not divide the {shape[axis]} '
+                        f'{"units" if "mlp" in end else "heads or columns"} of {path} {shape}'
+                    )
+                axes[axis] = 'tensor'
+    if fsdp > 1 and math.prod(shape) >= SMALL:
+        free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = 'fsdp'
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
+
+
+def local_part(batch_size: int, mesh: Mesh) -> Part:
+    """Which rows of a global batch this process's devices hold. Processes that hold the same rows read the same."""
+    rows: dict[int, set[int]] = {}
+    for device, (part, *_) in along_batch(mesh).devices_indices_map((batch_size,)).items():
+        rows.setdefault(device.process_index, set()).update(range(*part.indices(batch_size)))
+    shares = sorted({tuple(sorted(r)) for r in rows.values()})
+    mine = tuple(sorted(rows[jax.process_index()]))
+    return Part(np.array(mine, np.int64), shares.index(mine), len(shares))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Mapping[str, jax.Array]:
-    """Move a host batch to the devices, its leading axis split over 'data'."""
-    return jax.device_put(dict(batch), along_batch(mesh))
+    """Move this process's rows of a global batch (those of `local_part`, in that order) to its devices."""
+    sharding = along_batch(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
+    total = local_part(batch_shards(mesh), mesh).shares * len(next(iter(batch.values())))
+    rows = local_part(total, mesh).rows
+
+    def place(x):
+        def part(index):
+            start, stop, _ = index[0].indices(total)
+            first = int(np.searchsorted(rows, start))
+            return x[first : first + stop - start][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback((total, *x.shape[1:]), sharding, part)
+
+    return {name: place(x) for name, x in batch.items()}
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raise UserError where microbatches do not split evenly over the mesh."""
-    if accumulate < 1 or batch_size < 1 or batch_size % (accumulate * mesh.size):
-        raise UserError(
-            f'batch_size is {batch_size}; it must be a positive multiple of accumulate ({accumulate}) times the '
-            f'{mesh.size} devices'
-        )
+def fetch(tree: Any) -> Any:
+    """The whole of every array, on every host, as numpy. All processes must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

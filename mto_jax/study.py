@@ -27,6 +27,8 @@ from mto_jax.data import memory
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, frozen
 
+FREE_FIELDS = ('seed', 'workdir', 'checkpoint', 'task', 'compare', 'checkpoints', 'log_every', 'log_images', 'mesh')
+FREE_FIELDS += ('hosts', 'allow_cpu')  # what does not shape a run
 BASELINE = 'baseline'  # the variant that others are compared with
 COLUMNS = (
     'config',  # fingerprint of everything that shaped the run
@@ -109,8 +111,8 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
 
     Resumes what `place` holds: `rows.json` is written after the checkpoints of its last rows.
     """
-    job = in_memory.prepare(config, train[0])
-    evaluate = _evaluator(job.method, config, train, test)
+    training = in_memory.prepare(config, train[0])
+    evaluate = _evaluator(training.job.method, config, train, test)
     notes = place / 'rows.json'
     rows = json.loads(notes.read_text()) if notes.exists() else []
     start = rows[-1]['step'] if rows else 0
@@ -118,7 +120,7 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
         if not start or (path.name.isdigit() and int(path.name) > start):
             shutil.rmtree(path)  # saved, but its rows are not
     savers = [checkpoint.Checkpointer(place / f'seed{s}', keep=2) for s in seeds]
-    states = [job.create(s) for s in seeds]
+    states = [training.create(s) for s in seeds]
     if start:
         abstract = checkpoint.abstract_like(states[0], parallel.replicated(parallel.make_mesh(1)))
         states = [s.restore(abstract, start) for s in savers]
@@ -126,19 +128,19 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
         rows = [{'seed': s, 'step': 0} | evaluate(x.params, False) for s, x in zip(seeds, states, strict=True)]
     begin = in_memory.stack(states)
 
-    count = config.study.evaluations
-    stops = [round(job.total * (i + 1) / count) for i in range(count)]
+    total, count = training.job.total, config.study.evaluations
+    stops = [round(total * (i + 1) / count) for i in range(count)]
     begun = time.perf_counter()
-    for step, states, terms in job.train(begin, seeds, start, [s for s in stops if s > start]):
+    for step, states, terms in training.train(begin, seeds, start, [s for s in stops if s > start]):
         jax.block_until_ready(states)
-        seconds, last = (time.perf_counter() - begun) / (step - start), step == job.total
+        seconds, last = (time.perf_counter() - begun) / (step - start), step == total
         fresh = []
         for i, s in enumerate(seeds):
             fresh.append({'seed': s, 'step': step, 'step_seconds': seconds})
             fresh[i] |= evaluate(in_memory.take(states.params, i), last)
-            savers[i].save(in_memory.take(states, i), config.to_dict(), step)
+            savers[i].save(in_memory.take(states, i), config.to_dict(), step, {})
         if last and config.finetune.epochs:
-            tuned = finetune.accuracies(job.method, states.params, seeds, train, test, config)
+            tuned = finetune.accuracies(training.job.method, states.params, seeds, train, test, config)
             fresh = [r | {'finetune': t} for r, t in zip(fresh, tuned, strict=True)]
         rows += fresh
         for s in savers:
@@ -147,14 +149,14 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
         shown = ' '.join(f'{k} {v.mean():.4g}' for k, v in terms.items() if k not in ('param_norm', 'learning_rate'))
         probes = ' '.join(f'{k} {np.mean([r[k] for r in fresh]):.4f}' for k in ('linear', 'knn'))
         print(
-            f'  step {step}/{job.total} | {probes} | {shown} | {seconds:.3f} s a step, '
-            f'ETA {seconds * (job.total - step):.0f} s',
+            f'  step {step}/{total} | {probes} | {shown} | {seconds:.3f} s a step, '
+            f'ETA {seconds * (total - step):.0f} s',
             flush=True,
         )
         start, begun = step, time.perf_counter()
     for s in savers:
         s.close()
-    return [r | {'epoch': r['step'] / job.total * config.epochs} for r in rows]
+    return [r | {'epoch': r['step'] / total * config.epochs} for r in rows]
 
 
 def _evaluator(method, config, train, test):
@@ -186,8 +188,8 @@ def _evaluator(method, config, train, test):
 def fingerprint(config: ConfigDict) -> str:
     """Eight characters that differ where two runs would: of the config without seed, names and grid."""
     fields = config.to_dict()
-    for name in ('seed', 'workdir', 'checkpoint', 'task', 'compare', 'checkpoints', 'log_every', 'log_images'):
-        del fields[name]
+    for name in FREE_FIELDS:
+        fields.pop(name)
     fields['study'] = {k: fields['study'][k] for k in ('evaluations', 'split')}
     fields['data']['data_dir'] = ''
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]

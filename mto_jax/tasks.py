@@ -1,15 +1,16 @@
 """From `config.task` to the function that does it."""
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import compare, trainer
+from mto_jax import compare, hosts, trainer
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
 
-TASKS: dict[str, Callable[[ConfigDict, Path], object]] = {
+TASKS: dict[str, Callable[[ConfigDict, epath.Path], object]] = {
     'pretrain': trainer.pretrain,
     'knn': probes.run,
     'linear': probes.run,
@@ -17,7 +18,7 @@ TASKS: dict[str, Callable[[ConfigDict, Path], object]] = {
 }
 
 
-def run(config: ConfigDict, workdir: Path) -> object:
+def run(config: ConfigDict, workdir: epath.Path) -> object:
     """Do what `config.task` says.
 
     Raises:
@@ -25,4 +26,7 @@ def run(config: ConfigDict, workdir: Path) -> object:
     """
     if config.task not in TASKS:
         raise UserError(f'task is {config.task!r}; it must be one of {", ".join(TASKS)}')
-    return TASKS[config.task](config, workdir)
+    if config.deterministic:
+        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
+    hosts.start(config.hosts)
+    return TASKS[config.task](config, epath.Path(workdir))

@@ -4,132 +4,169 @@ Resuming: the newest checkpoint of the workdir is used if there is one, else the
 random streams depend on the step alone, so that a resumed run continues as if it had never stopped.
 """
 
+import contextlib
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, cpu, methods, objective, optim, parallel, schedules, train_state
+from mto_jax import checkpoint, cpu, environment, hosts, job, objective, parallel, preemption, schedules, train_state
 from mto_jax.analysis import plots
 from mto_jax.data import pipeline, sources
-from mto_jax.data.order import steps_per_epoch
 from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
 from mto_jax.metrics import Log, Progress, describe_params, read_history, say
 from mto_jax.train_state import Meter, TrainState
+from mto_jax.workdir import hold
 
 
-def pretrain(config: ConfigDict, workdir: Path) -> TrainState:
+def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """Pre-train as `config` says, resuming what `workdir` holds; returns the final state.
 
     Raises:
-      UserError: for a bad config, missing data, a workdir of another run, or a step that is not finite.
+      UserError: for a bad config, missing data, a workdir of another run or in use, hosts that do not run the same, a
+        checkpoint that cannot be written, or a step that is not finite.
+      Preempted: after SIGTERM, once everything is saved.
     """
-    mesh = parallel.make_mesh(config.mesh.data)
-    if jax.default_backend() == 'cpu':
-        cpu.keep_memory()
-    parallel.check_batch(config.batch_size, config.accumulate, mesh)
-    try:
-        method = methods.build(config)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    encode = features.encoder(method, config)  # checks config.eval, whether or not it is used
-    source = sources.open_source(config.data, config.data.train_split)
-    watched = sources.open_source(config.data, config.data.val_split)
-    per_epoch = steps_per_epoch(source.num_examples, config.batch_size)
-    total = schedules.to_steps(config.epochs, per_epoch)
-    schedule = schedules.learning_rate(config.optim, config.batch_size, total, per_epoch)
-    checkpoint.claim_workdir(workdir, config.to_dict(), config.resume_anyway)
+    workdir = epath.Path(workdir)
+    with hosts.together():
+        mesh = parallel.make_mesh(**config.mesh)
+        parallel.check_batch(config.batch_size, config.accumulate, mesh)
+        source = sources.open_source(config.data, config.data.train_split)
+        watched = sources.open_source(config.data, config.data.val_split)
+        training = job.prepare(config, source.num_examples)
+        encode = features.encoder(training.method, config)  # checks config.eval, whether or not it is used
+        probes.eval_part(config.eval.batch_size, mesh)
+        sharding = training.sharding(mesh)
+        _require_accelerator(config)
+    about = environment.describe(mesh) | {'order': source.order(parallel.local_part(config.batch_size, mesh))}
+    hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
+    with (
+        jax.set_mesh(mesh),
+        _held(workdir, config),
+        contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep)) as saver,
+        preemption.watch() as told_to_end,
+    ):
+        return _train(config, workdir, training, mesh, sharding, source, watched, encode, saver, about, told_to_end)
 
-    tx = optim.adamw(config.optim, schedule)
-    everywhere, split = parallel.replicated(mesh), parallel.along_batch(mesh)
-    create = partial(_create, method, tx, config.seed)
-    state_sharding = jax.tree.map(lambda _: everywhere, jax.eval_shape(create))
-    saver = checkpoint.Checkpointer(workdir, config.checkpoints.keep)
-    start = saver.latest()
-    if start is None:
-        start, state = 0, jax.jit(create, out_shardings=state_sharding)()
-    else:
-        state = saver.restore(checkpoint.abstract_like(jax.eval_shape(create), everywhere), start)
-    say(f'{config.method}, MTO {"on" if method.settings else "off"}: {describe_params(state.params)}')
+
+def _train(config, workdir, training, mesh, sharding, source, watched, encode, saver, about, told_to_end) -> TrainState:
+    """The run itself, once everything that can be wrong at the start has been looked at."""
+    seed, total, per_epoch = config.seed, training.total, training.per_epoch
+    create = partial(training.create, seed)
+    state = saver.restore_newest(checkpoint.abstract_like(jax.eval_shape(create), sharding))
+    if state is None:
+        state = jax.jit(create, out_shardings=sharding)()
+    start = int(state.step)
+    say(f'{config.method}, MTO {"on" if training.method.settings else "off"}: {describe_params(state.params)}')
     say(
         f'{source.num_examples:,} images, batch {config.batch_size}, {per_epoch} steps an epoch, '
         f'{config.epochs:g} epochs = {total} steps on {mesh.size} {jax.devices()[0].platform} device(s)'
         + (f', resuming at step {start}' if start else '')
     )
+    for line in _changed(saver.about(start), about) if start else ():
+        say(line)
 
-    loss_fn = objective.pretrain_loss(method, config.data)
-    shape = (config.batch_size // config.accumulate, *config.data.image_size, config.data.channels)
-    names = train_state.term_names(loss_fn, state.params, {'image': jax.ShapeDtypeStruct(shape, np.uint8)})
-    step_fn = jax.jit(
-        train_state.make_train_step(loss_fn, tx, schedule, total, config.accumulate),
-        donate_argnums=(0, 1),
-        in_shardings=(state_sharding, everywhere, split, everywhere),
-        out_shardings=(state_sharding, everywhere),
-    )
+    step_fn = training.step(mesh)
     fixed = next(pipeline.eval_batches(watched, config.data, min(64, watched.num_examples)))['image']
-    diagnose = partial(jax.jit(objective.make_diagnose(method, config.data)), images=fixed)
+    diagnose = jax.jit(objective.make_diagnose(training.method, config.data), out_shardings=parallel.replicated(mesh))
     log = Log(workdir, start)
-    key = train_state.stream(config.seed, 'train')
-    diagnose_key = train_state.stream(config.seed, 'diagnose')
+    key, diagnose_key = (train_state.stream(seed, name) for name in ('train', 'diagnose'))
     eval_every = schedules.to_steps(config.eval.every_epochs, per_epoch)
+    part = parallel.local_part(config.batch_size, mesh)
     batches = pipeline.Prefetch(
         (
             {'image': b['image']}
-            for b in pipeline.train_batches(source, config.data, config.batch_size, config.seed, start, total)
+            for b in pipeline.train_batches(source, config.data, config.batch_size, seed, start, total, part)
         ),
         partial(parallel.put_batch, mesh=mesh),
     )
 
     def see(step):
-        seen = jax.device_get(diagnose(state.params, key=diagnose_key))
+        seen = jax.device_get(diagnose(state.params, fixed, diagnose_key))
         rows = {f'block/{n}/{i}': v for n, values in seen['blocks'].items() for i, v in enumerate(values)}
         log.scalars(step, rows | {'token_distance': seen['token_distance']})
         shown = {n: v[: config.log_images] for n, v in seen['images'].items()}
         log.images(step, {n: plots.as_rgb(v) for n, v in shown.items()})
-        plots.triplets(workdir / 'reconstructions.png', shown, config.log_images)
+        if hosts.is_first():
+            plots.triplets(workdir / 'reconstructions.png', shown, config.log_images)
 
-    reporter = _Reporter(log, Progress(start, total, config.batch_size, per_epoch), saver, names)
+    reporter = _Reporter(log, Progress(start, total, config.batch_size, per_epoch), saver, training.names)
     meter, found = reporter.new_meter(), {}
     try:
         if not start and config.diagnose_every:
             see(0)
         for step in range(start + 1, total + 1):
             state, meter = step_fn(state, meter, next(batches), key)
-            last = step == total
+            last, ending = step == total, told_to_end(step)
             due_look, due_eval, due_save = (
                 bool(every) and (last or step % every == 0)
                 for every in (config.diagnose_every, eval_every, config.checkpoints.every)
             )
-            if last or step % config.log_every == 0:
+            if last or ending or step % config.log_every == 0:
                 meter = reporter.interval(step, meter, batches.reset())
-            if not (due_look or due_eval or due_save):
+                saver.poll()
+            if not (due_look or due_eval or due_save or ending):
                 continue
             reporter.require_finite(meter)
-            if due_look:
+            if due_look and not ending:
                 see(step)
-            if due_eval:
+            if due_eval and not ending:
                 found = probes.probe(encode, state.params, config, mesh, config.data.val_split, ('knn',))
                 log.scalars(step, {f'val_{k}': v for k, v in found.items()})
                 say(f'step {step} validation: ' + ', '.join(f'{k} {v:.4f}' for k, v in found.items()))
-            if due_save:
-                saver.save(state, config.to_dict(), found.get(f'knn_{config.eval.knn_k[-1]}', -reporter.loss))
+            if due_save or ending:
+                log.flush()
+                score = found.get(f'knn_{config.eval.knn_k[-1]}', -reporter.loss)
+                saver.save(state, config.to_dict(), score, about)
+            if ending and not last:
+                saver.wait()
+                say(f'told to end: saved at step {step}; the same command resumes there')
+                raise preemption.Preempted
             reporter.progress.restart(step)
         saver.wait()
     finally:
         log.close()
-        saver.close()
-    history = read_history(workdir)
-    plots.curves(workdir / 'curves.png', {workdir.name: history})
-    plots.per_block(workdir / 'heterogeneity.png', history)
+    if hosts.is_first():
+        history = read_history(workdir)
+        plots.curves(workdir / 'curves.png', {workdir.name: history})
+        plots.per_block(workdir / 'heterogeneity.png', history)
     say(f'pictures and metrics: {workdir}, checkpoint: {saver.directory / str(total)}')
     return state
 
 
-def _create(method, tx, seed) -> TrainState:
-    return train_state.create(objective.init_params(method, train_state.stream(seed, 'init')), tx)
+@contextlib.contextmanager
+def _held(workdir, config):
+    """The workdir, held by the first process for all."""
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            if hosts.is_first():
+                stack.enter_context(hold(workdir, config.to_dict(), config.resume_anyway))
+        yield
+
+
+def _require_accelerator(config) -> None:
+    if jax.default_backend() != 'cpu':
+        return
+    if not config.allow_cpu:
+        raise UserError(
+            'jax found only a CPU, and this config is made for a GPU or TPU. Install jax[cuda12] or jax[tpu], see that '
+            'no other program holds the device, or train on the CPU with --config.allow_cpu=True'
+        )
+    cpu.keep_memory()
+
+
+def _changed(before, now) -> list[str]:
+    """What differs from the conditions under which a checkpoint was made, for the console."""
+    a, b = hosts.flatten(before), hosts.flatten(now)
+    lines = [f'  {k}: {a.get(k)} then, {b[k]} now' for k in b if a.get(k) != b[k]]
+    if lines:
+        lines.insert(0, 'the checkpoint was made under other conditions; the run goes on, but not bitwise as there:')
+    if before.get('order') != now['order']:
+        lines.append('  from here on the examples come in another order than they would have')
+    return lines
 
 
 class _Reporter:

@@ -42,7 +42,7 @@ def shrink(c):
     m = c.model
     m.depth, m.width, m.heads, m.patch_size = 2, 16, 2, 7
     c.mae.decoder_depth, c.mae.decoder_width, c.mae.decoder_heads = 2, 8, 2
-    c.batch_size, c.mesh.data = 32, 1
+    c.batch_size, c.mesh.data, c.allow_cpu = 32, 1, True
     c.epochs, c.optim.warmup_epochs, c.optim.decay_epochs = 2.0, 0.5, ()
     c.log_every, c.diagnose_every, c.checkpoints.every = 3, 4, 2
     c.eval.every_epochs, c.eval.batch_size, c.eval.linear_steps = 0.0, 32, 20

@@ -21,12 +21,12 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path):
     config.mto.enabled, config.mto.recalibration, config.mto.w_e = True, 'ramp', 0.1
     config.epochs, config.optim.base_lr, config.diagnose_every = 3.0, 0.01, 0
     images, _ = memory.load(config.data, config.data.train_split)
-    job = in_memory.prepare(config, images)
-    begin = in_memory.stack([job.create(s) for s in (4, 5)])
-    steps = job.train(begin, (4, 5), 0, (5, job.total))
+    run = in_memory.prepare(config, images)
+    begin = in_memory.stack([run.create(s) for s in (4, 5)])
+    steps = run.train(begin, (4, 5), 0, (5, run.job.total))
     assert next(steps)[0] == 5
     step, states, terms = next(steps)
-    assert step == job.total == 9
+    assert step == run.job.total == 9
     assert all(np.isfinite(v).all() and v.shape == (2,) for v in terms.values())
     for i, seed in enumerate((4, 5)):
         config.seed = seed

@@ -229,7 +229,7 @@ def test_newest_and_best_are_kept(config, tmp_path):
     saver = Checkpointer(tmp_path, keep=1)
     _, state, _, _ = build_step(config)
     for step, score in ((1, 3.0), (2, 9.0), (3, 1.0), (4, 2.0)):
-        saver.save(state.replace(step=jnp.int32(step)), config.to_dict(), score)
+        saver.save(state.replace(step=jnp.int32(step)), config.to_dict(), score, {})
         saver.wait()
     assert saver.steps == [2, 4]
     saver.close()

@@ -1,12 +1,15 @@
 """Curves, heterogeneity and reconstructions as PNG files."""
 
+import io
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
+
+from mto_jax.workdir import write
 
 BLOCK_TERMS = {
     'het': 'heterogeneity (attention entropy)',
@@ -16,7 +19,13 @@ BLOCK_TERMS = {
 }
 
 
-def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def _save(fig: Figure, path: epath.Path) -> None:
+    picture = io.BytesIO()
+    fig.savefig(picture, format='png', dpi=110)
+    write(epath.Path(path), picture.getvalue())
+
+
+def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """One panel a logged term, one line a run. `runs`: {label: rows of `metrics.jsonl`}."""
     skip = {'step', 'epoch', 'seconds_per_step'}
     names = []
@@ -45,10 +54,10 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Non
         axes[0].legend(fontsize=8)
     for axis in axes[len(names) :]:
         axis.axis('off')
-    fig.savefig(path, dpi=110)
+    _save(fig, path)
 
 
-def per_block(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def per_block(path: epath.Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Each diagnosed term over the blocks, one line a step, dark to light. Rows hold 'block/<term>/<index>'."""
     found = {}
     for row in rows:
@@ -69,10 +78,10 @@ def per_block(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
         axis.set_xticks(range(len(lines[0][1])))
         axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    fig.savefig(path, dpi=110)
+    _save(fig, path)
 
 
-def triplets(path: Path, images: Mapping[str, np.ndarray], columns: int) -> None:
+def triplets(path: epath.Path, images: Mapping[str, np.ndarray], columns: int) -> None:
     """Rows 'original', 'masked', 'reconstruction' of the first images, float (B, H, W, C) in [0, 1]."""
     names = ('original', 'masked', 'reconstruction')
     columns = min(columns, len(images['original']))
@@ -84,7 +93,7 @@ def triplets(path: Path, images: Mapping[str, np.ndarray], columns: int) -> None
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(name, fontsize=9)
-    fig.savefig(path, dpi=110)
+    _save(fig, path)
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:

@@ -1,10 +1,30 @@
 """In which order examples are seen: a function of the seed and the step alone."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
 from mto_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one process reads of every global batch.
+
+    Attributes:
+      rows: int64, ascending: the rows of the batch that lie on its devices.
+      share, shares: of the data, for formats without random access, where each process reads files of its own.
+    """
+
+    rows: np.ndarray
+    share: int = 0
+    shares: int = 1
+
+
+def whole(batch_size: int) -> Part:
+    """Everything, as a single process reads it."""
+    return Part(np.arange(batch_size))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

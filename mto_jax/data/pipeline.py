@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from mto_jax.data.memory import padded
-from mto_jax.data.order import batch_positions, steps_per_epoch
+from mto_jax.data.order import Part, batch_positions, steps_per_epoch, whole
 from mto_jax.data.sources import Source
 from mto_jax.errors import UserError
 
@@ -108,11 +108,16 @@ def eval_image(encoded, data) -> tf.Tensor:
     return image
 
 
-def train_batches(source: Source, data, batch_size: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
-    """Batches of steps `start` to `stop` - 1: {'image': uint8 (B, H, W, C), 'label': int32 (B,)}.
+def train_batches(
+    source: Source, data, batch_size: int, seed: int, start: int, stop: int, part: Part | None = None
+) -> Iterator[Batch]:
+    """Batches of steps `start` to `stop` - 1: {'image': uint8 (rows, H, W, C), 'label': int32 (rows,)}.
 
-    The same (source, seed, step) gives the same batch, wherever the iterator starts.
+    The same (source, seed, step) gives the same batch, wherever the iterator starts. With `part`, only this process's
+    rows of it: with random access of the same global batch however many processes there are, else of one that depends
+    on `part.shares`.
     """
+    part = part or whole(batch_size)
     per_epoch = steps_per_epoch(source.num_examples, batch_size)
 
     def prepare(position, example):
@@ -121,44 +126,53 @@ def train_batches(source: Source, data, batch_size: int, seed: int, start: int, 
         return {'image': image, 'label': tf.cast(example['label'], tf.int32)}
 
     def batches(examples, first):
-        positions = tf.data.Dataset.counter(first * batch_size)
+        # The position of each example in the whole training, from which its own random numbers come.
+        steps = tf.data.Dataset.counter(tf.constant(first, tf.int64))
+        positions = steps.flat_map(lambda t: tf.data.Dataset.from_tensor_slices(t * batch_size + part.rows))
         ds = tf.data.Dataset.zip(positions, examples)
         ds = ds.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
-        return _finish(ds.batch(batch_size, drop_remainder=True), data)
+        return _finish(ds.batch(len(part.rows), drop_remainder=True), data)
 
     if source.random_access:
         positions = batch_positions(source.num_examples, batch_size, seed, start, stop)
-        yield from batches(source.stream(positions), start).as_numpy_iterator()
+        yield from batches(source.stream(p[part.rows] for p in positions), start).as_numpy_iterator()
         return
 
     step = start
     while step < stop:
         epoch, done = divmod(step, per_epoch)
         count = min(per_epoch - done, stop - step)
-        examples = source.shuffled(seed, epoch, done * batch_size)
+        examples = source.shuffled(seed, epoch, done * len(part.rows), part)
         yield from batches(examples, step).take(count).as_numpy_iterator()
         step += count
 
 
-def eval_batches(source: Source, data, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-    """Every example once, in order, in batches of one size; the last is padded, and 'valid' bool (B,) says where.
+def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Part | None = None) -> Iterator[Batch]:
+    """Every example once, in order, in batches of one size; the last is padded, and 'valid' bool (rows,) says where.
 
     Args:
       limit: stop after this many examples, spread evenly over the split; 0 for all.
+      part: this process's rows of each batch.
     """
     total = source.num_examples
-    examples = source.in_order()
-    if limit and limit < total:
-        chosen = set(np.linspace(0, total - 1, limit).round().astype(int).tolist())
-        keep = tf.constant(np.isin(np.arange(total), list(chosen)))
-        examples = examples.enumerate().filter(lambda i, _: keep[i]).map(lambda _, e: e)
+    part = part or whole(batch_size)
+    limit = min(limit or total, total)
+    chosen = np.linspace(0, total - 1, limit).round().astype(int)
+    count = -(-limit // batch_size)
+    # Positions in the split of this process's rows, batch by batch; the last batch may be short, or empty here.
+    wanted = [chosen[r[r < limit]] for r in (b * batch_size + part.rows for b in range(count))]
 
     def prepare(example):
         return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)}
 
+    examples = source.select(wanted)
     ds = examples.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
-    for batch in _finish(ds.batch(batch_size), data).as_numpy_iterator():
-        yield padded(batch, batch_size)
+    short = bool(len(wanted) and not len(wanted[-1]))
+    for batch in _finish(ds.batch(len(part.rows)), data).as_numpy_iterator():
+        yield padded(batch, len(part.rows))
+    if short:
+        empty = np.zeros((0, *data.image_size, data.channels), np.uint8)
+        yield padded({'image': empty, 'label': np.zeros(0, np.int32)}, len(part.rows))
 
 
 def _finish(ds: tf.data.Dataset, data) -> tf.data.Dataset:

@@ -5,13 +5,14 @@ permutation; TFRecord is read in a seeded shuffle (of files, then of a buffer) a
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from mto_jax.data.order import Part
 from mto_jax.errors import UserError
 
 # TensorFlow feeds the host pipeline only; the accelerator is jax's.
@@ -43,7 +44,11 @@ class Source:
     def random_access(self) -> bool:
         return self.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
-    def stream(self, positions: Iterator[np.ndarray]) -> tf.data.Dataset:
+    def order(self, part: Part) -> str:
+        """What the order of examples depends on beside the seed, in words for a checkpoint."""
+        return 'random access' if self.random_access else f'sequential, in {part.shares} share(s)'
+
+    def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
         """Examples at the given positions, one array of them at a time. Random access only."""
         records = self.builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
@@ -54,25 +59,33 @@ class Source:
         spec = tf.TensorSpec([None], tf.string)
         return tf.data.Dataset.from_generator(read, output_signature=spec).unbatch().map(self._parse)
 
-    def shuffled(self, seed: int, epoch: int, skip: int) -> tf.data.Dataset:
-        """An epoch of a sequential format in a seeded order, without its first `skip` examples."""
+    def shuffled(self, seed: int, epoch: int, skip: int, part: Part) -> tf.data.Dataset:
+        """An epoch of a sequential format in a seeded order, without its first `skip` examples.
+
+        Of several shares each holds examples of its own, as many as the others; a few may be left out of all.
+        """
         state = int(np.random.default_rng([seed, epoch]).integers(2**31))
         config = tfds.ReadConfig(shuffle_seed=state, try_autocache=False, enable_ordering_guard=False)
         config.options.deterministic = True
-        ds = self.builder.as_dataset(self.split, shuffle_files=True, read_config=config, decoders=self._undecoded)
+        split = self.split
+        if part.shares > 1:
+            split = tfds.even_splits(split, part.shares, drop_remainder=True)[part.share]
+        ds = self.builder.as_dataset(split, shuffle_files=True, read_config=config, decoders=self._undecoded)
         ds = ds.shuffle(self.shuffle_buffer, seed=state, reshuffle_each_iteration=False).skip(skip)
         return ds.map(self._select)
 
-    def in_order(self) -> tf.data.Dataset:
-        """Every example once, in the order of the files."""
+    def select(self, positions: Sequence[np.ndarray]) -> tf.data.Dataset:
+        """The examples at ascending positions in the order of the files, given as several arrays."""
         if self.random_access:
-            chunks = np.array_split(np.arange(self.num_examples), max(1, self.num_examples // 256))
-            return self.stream(chunks)
+            return self.stream(p for p in positions if len(p))
+        keep = np.zeros(self.num_examples, bool)
+        for p in positions:
+            keep[p] = True
+        keep = tf.constant(keep)
         config = tfds.ReadConfig(try_autocache=False)
         config.options.deterministic = True
-        return self.builder.as_dataset(
-            self.split, shuffle_files=False, read_config=config, decoders=self._undecoded
-        ).map(self._select)
+        ds = self.builder.as_dataset(self.split, shuffle_files=False, read_config=config, decoders=self._undecoded)
+        return ds.enumerate().filter(lambda i, _: keep[i]).map(lambda _, e: self._select(e))
 
     @property
     def _undecoded(self):

@@ -39,21 +39,26 @@ def encoder(method: Method, config) -> Callable:
 
 def raw_pixels(params, images: np.ndarray) -> np.ndarray:
     """The images themselves, flattened to float32 (B, H * W * C) in [0, 1]: what any encoder should beat."""
-    return np.asarray(images, np.float32).reshape(len(images), -1) / 255.0
+    return images.reshape(len(images), -1).astype(np.float32) / 255.0
 
 
 def extract(encode: Callable, params, batches: Iterator, mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 (n, D) and labels int32 (n,) of all valid examples.
+    """Features float32 (n, D) and labels int32 (n,) of all valid examples, on every process.
+
+    Args:
+      encode: `(params, images) -> features`.
+      batches: this process's rows of global batches, as `pipeline.eval_batches` yields them.
 
     Raises:
       UserError: if the examples have no labels.
     """
     features, labels = [], []
     for batch in batches:
-        valid = batch['valid']
-        images = parallel.put_batch({'image': batch['image']}, mesh)['image']
-        features.append(np.asarray(encode(params, images))[valid])
-        labels.append(batch['label'][valid])
+        placed = parallel.put_batch(batch, mesh)
+        outputs = encode(params, placed['image']), placed['label'], placed['valid']
+        found, truth, valid = parallel.fetch(outputs)
+        features.append(found[valid])
+        labels.append(truth[valid])
     labels = np.concatenate(labels)
     if (labels < 0).any():
         raise UserError('evaluation: the data set has no feature "label", so probes cannot run on it')

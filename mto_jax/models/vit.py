@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mto_jax import losses, mto
+from mto_jax import losses, mto, parallel
 from mto_jax.models import position
 from mto_jax.models.layers import Block, flat_xavier, layer_norm, trunc_normal_one_std
 
@@ -169,6 +169,7 @@ class Transformer(nn.Module):
                 name=f'block{i}',
             )
             tokens = embedded if i == 0 and embedded is not None else x
+            x = parallel.constrain_batch(x)
             x, read = block(x, bias, masked, tokens, hook, a.num_prefix, train)
             if read:
                 stats[i] = read

@@ -1,0 +1,53 @@
+"""What a run depends on beside its config: the code, the package versions, and the devices."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tensorflow', 'tensorflow-cpu')
+PACKAGES += ('tensorflow-datasets', 'libtpu')
+
+
+@cache
+def code_hash() -> str:
+    """Twelve characters that differ between two states of this package's source."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob('*.py')):
+        digest.update(str(path.relative_to(root)).encode() + b'\0' + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Python and the packages that shape a result; those not installed are left out."""
+    found = {'python': platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Everything on which a bitwise repetition depends: {'code', 'versions', 'devices'}, plain values for JSON."""
+    device = mesh.devices.flat[0]
+    return {
+        'code': code_hash(),
+        'versions': versions(),
+        'devices': {
+            'platform': device.platform,
+            'kind': device.device_kind,
+            'mesh': ' x '.join(f'{n} {s}' for n, s in mesh.shape.items()),
+            'processes': jax.process_count(),
+            # XLA splits work on a CPU by its threads, and with it the order of sums.
+            'cpu_threads': len(os.sched_getaffinity(0)) if device.platform == 'cpu' else 0,
+        },
+    }

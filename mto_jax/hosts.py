@@ -1,0 +1,237 @@
+"""Several hosts: finding each other before any backend call, and agreeing on what they run.
+
+Each host runs the same command. They are found from the environment (a TPU slice, SLURM) or told by `config.hosts`. A
+roll call at the coordinator's address makes a missing host an error that names it, where jax alone would abort.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mto_jax.errors import UserError
+
+PORT = 8476  # of the coordinator, where none is given
+
+
+def start(hosts) -> None:
+    """Join the other hosts as `config.hosts` says. Before any backend call; does nothing on a single host.
+
+    Raises:
+      UserError: naming the hosts that did not come within `hosts.timeout` seconds.
+    """
+    if jax.distributed.is_initialized():
+        return
+    found = find(hosts)
+    if found is None or found[1] == 1:
+        return
+    address, count, index = found
+    began = time.monotonic()
+    roll_call(address, count, index, hosts.timeout)
+    left = max(10, round(hosts.timeout - (time.monotonic() - began)))
+    jax.distributed.initialize(address, count, index, initialization_timeout=left)
+
+
+def find(hosts) -> tuple[str, int, int] | None:
+    """(coordinator's host:port, number of hosts, own index), or None on a single host."""
+    if hosts.coordinator == '':
+        return None
+    if hosts.coordinator != 'auto':
+        host, _, port = hosts.coordinator.rpartition(':')
+        if not host or not port.isdigit():
+            raise UserError(
+                f"hosts.coordinator is {hosts.coordinator!r}; it must be host:port, 'auto', or '' for one host"
+            )
+        if not 0 <= hosts.index < hosts.count:
+            raise UserError(
+                f'hosts.index is {hosts.index} of hosts.count {hosts.count}; with hosts.coordinator set, every host '
+                'needs the same count and an index of its own from 0 to count - 1'
+            )
+        return hosts.coordinator, hosts.count, hosts.index
+    env = os.environ
+    if {'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_JOB_ID'} <= env.keys():
+        port = 61440 + int(env['SLURM_JOB_ID']) % 4096
+        return f'{_first_node(env["SLURM_STEP_NODELIST"])}:{port}', int(env['SLURM_NTASKS']), int(env['SLURM_PROCID'])
+    if env.get('TPU_WORKER_HOSTNAMES') and env.get('TPU_WORKER_ID'):
+        names = env['TPU_WORKER_HOSTNAMES'].split(',')
+        return f'{names[0]}:{PORT}', len(names), int(env['TPU_WORKER_ID'])
+    if importlib.util.find_spec('libtpu') and any(Path('/dev').glob('accel*')) | any(Path('/dev/vfio').glob('[0-9]*')):
+        names = [worker.split(':')[2] for worker in _metadata('worker-network-endpoints').split(',')]
+        return f'{names[0]}:{PORT}', len(names), int(_metadata('agent-worker-number'))
+    return None
+
+
+def _first_node(nodes: str) -> str:
+    """The first name of a SLURM list: 'a01' of 'a01,b2', of 'a[01-04]' and of 'a[01,03-05],b2'."""
+    head, bracket, rest = nodes.partition('[')
+    if not bracket or ',' in head:
+        return nodes.split(',')[0]
+    return head + rest.split(']')[0].split(',')[0].split('-')[0]
+
+
+def _metadata(key: str) -> str:
+    """An attribute of this Google Cloud machine."""
+    server = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
+    url = f'http://{server}/computeMetadata/v1/instance/attributes/{key}'
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'}), timeout=20
+        ) as r:
+            return r.read().decode()
+    except OSError as e:
+        raise UserError(
+            f"hosts.coordinator is 'auto' and this machine has a TPU, but its metadata server does not tell {key} "
+            f"({e}); give hosts.coordinator, hosts.count and hosts.index, or hosts.coordinator='' for one host"
+        ) from None
+
+
+def roll_call(address: str, count: int, index: int, timeout: float) -> None:
+    """Return once all hosts have called at the coordinator's address.
+
+    Raises:
+      UserError: on every host that came, naming those that did not within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    host, _, port = address.rpartition(':')
+    if index:
+        _report(host, int(port), count, index, deadline, timeout)
+        return
+    here: dict[int, tuple[str, socket.socket]] = {}
+    problem = ''
+    try:
+        server = socket.create_server(('', int(port)), backlog=count)
+    except OSError as e:
+        raise UserError(f'hosts.coordinator: port {port} cannot be opened on this host ({e.strerror})') from None
+    with server:
+        while len(here) < count - 1 and not problem:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                peer, _ = server.accept()
+                peer.settimeout(max(0.01, min(10.0, deadline - time.monotonic())))
+                other = json.loads(peer.makefile().readline())
+                number, size, name = other['index'], other['count'], other['host']
+            except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
+                missing = sorted(set(range(1, count)) - here.keys())
+                came = ', '.join(f'{i} ({name})' for i, (name, _) in sorted(here.items()))
+                problem = (
+                    f'of {count} hosts, {len(missing)} did not report within hosts.timeout ({timeout:g} s): '
+                    f'index {", ".join(map(str, missing))}. Present: 0 ({socket.gethostname()})'
+                    + (f', {came}' if came else '')
+                    + '. Start the same command on every host'
+                )
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # somebody else knocked
+            else:
+                if size != count or number in here or not 0 < number < count:
+                    problem = (
+                        f'host {name} reports as index {number} of {size}; this run has {count} hosts, '
+                        f'and each needs an index of its own'
+                    )
+                here[number] = name, peer
+        for _, peer in here.values():
+            with peer:
+                peer.sendall((json.dumps({'problem': problem}) + '\n').encode())
+    if problem:
+        raise UserError(problem)
+
+
+def _report(host, port, count, index, deadline, timeout) -> None:
+    """Knock at the coordinator until it answers."""
+    message = json.dumps({'index': index, 'count': count, 'host': socket.gethostname()}) + '\n'
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise UserError(
+                f'host {index} of {count}: no answer from {host}:{port} within hosts.timeout ({timeout:g} s). '
+                'Start the same command on every host, and check that the address can be reached'
+            )
+        try:
+            # A little longer than the coordinator waits, so that its answer names who is missing.
+            with socket.create_connection((host, port), timeout=left) as s:
+                s.sendall(message.encode())
+                s.settimeout(left + 5)
+                answer = s.makefile().readline()
+            problem = json.loads(answer)['problem']
+        except (OSError, ValueError):
+            time.sleep(min(0.5, max(left, 0.01)))
+            continue
+        if problem:
+            raise UserError(problem)
+        return
+
+
+def gather(value: Any) -> list[Any]:
+    """The value (anything that is JSON) of every process, by index. All processes must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    size = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(size), np.uint8)
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is wrong on one host stops all: a UserError inside is raised everywhere. No collective may run inside."""
+    problem = ''
+    try:
+        yield
+    except UserError as e:
+        if jax.process_count() == 1:
+            raise
+        problem = str(e)
+    problems = gather(problem)
+    if any(problems):
+        index, text = next((i, p) for i, p in enumerate(problems) if p)
+        raise UserError(f'host {index}: {text}')
+
+
+def agree(about: Mapping[str, Any]) -> None:
+    """Compare `about` (nested dicts of plain values) over all processes.
+
+    Raises:
+      UserError: on every process, naming the fields that differ and the hosts that differ from host 0.
+    """
+    rows = gather({'host': socket.gethostname(), 'about': flatten(about)})
+    lines = differing([r['about'] for r in rows], [r['host'] for r in rows])
+    if lines:
+        raise UserError(
+            '\n'.join(['the hosts do not run the same:', *lines, 'Start the same command and code on all.'])
+        )
+
+
+def differing(abouts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """One line a field that is not the same everywhere."""
+    lines = []
+    for key in sorted({k for a in abouts for k in a}):
+        first = abouts[0].get(key)
+        others = [f'{a.get(key)!r} on host {i} ({names[i]})' for i, a in enumerate(abouts) if a.get(key) != first]
+        if others:
+            more = f' and {len(others) - 3} more hosts' if len(others) > 3 else ''
+            lines.append(f'  {key}: {first!r} on host 0 ({names[0]}), {", ".join(others[:3])}{more}')
+    return lines
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    out = {}
+    for key, value in tree.items():
+        out |= flatten(value, f'{prefix}{key}.') if isinstance(value, Mapping) else {prefix + key: value}
+    return out
+
+
+def is_first() -> bool:
+    """True on the one process that writes logs and pictures."""
+    return jax.process_index() == 0

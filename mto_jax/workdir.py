@@ -1,0 +1,171 @@
+"""A run's folder: local or remote (gs://...), one job at a time, and one config."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from mto_jax.errors import UserError
+from mto_jax.hosts import flatten
+
+BEAT = 15.0  # seconds between two signs of life of the job that holds a workdir
+STALE = 60.0  # seconds without one after which it counts as dead
+
+# Fields that change what is shown or kept, not what is computed.
+FREE_FIELDS = (
+    'log_',
+    'diagnose_every',
+    'checkpoints.',
+    'eval.',
+    'compare.',
+    'finetune.',
+    'study.',
+    'hosts.',
+    'mesh.',
+    'workdir',
+    'resume_anyway',
+    'allow_cpu',
+    'task',
+)
+FREE_FIELDS += ('checkpoint', 'data.data_dir', 'data.threads', 'data.val_split', 'data.test_split')
+
+
+def write(path: epath.Path, content: str | bytes) -> None:
+    """Write a file in one piece: whoever reads it sees the old or the new one, also after a kill."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f'{path.name}.{uuid.uuid4().hex[:8]}.part'
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def hold(workdir: epath.Path, config: Mapping[str, Any], resume_anyway: bool) -> Iterator[None]:
+    """Take the workdir for this job and write `config.json`, comparing it with the run's that is to be resumed.
+
+    Raises:
+      UserError: if another job holds it, it cannot be written, or fields that matter differ and `resume_anyway` is not
+        set. Nothing in it has changed then.
+    """
+    workdir, path = epath.Path(workdir), epath.Path(workdir) / 'config.json'
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = _Lock(workdir / 'lock.json')
+        lock.take()
+    except OSError as e:
+        raise UserError(f'the workdir {workdir} cannot be written: {e.strerror or e}') from None
+    try:
+        if path.exists():
+            changed = differences(_read_config(path), json.loads(json.dumps(config)))
+            if changed and not resume_anyway:
+                raise UserError(
+                    f'{workdir} holds a run with another config:\n'
+                    + '\n'.join(f'  {k}: {a!r} there, {b!r} now' for k, (a, b) in changed.items())
+                    + '\nChoose another --workdir, or set --config.resume_anyway=True to go on with the new values.'
+                )
+        write(path, json.dumps(config, indent=2) + '\n')
+        yield
+    finally:
+        lock.release()
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(
+            f'{path} is damaged ({e}); restore it, or delete it to go on with the config given now'
+        ) from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:
+    """Fields that differ between two configs, {dotted name: (old, new)}, without those that do not matter."""
+    a, b = flatten(old), flatten(new)
+    return {
+        name: (a.get(name), b.get(name))
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+        and not any(name == f or (f[-1] in '._' and name.startswith(f)) for f in FREE_FIELDS)
+    }
+
+
+class _Lock:
+    """A file that says who holds the workdir, refreshed by a thread."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._mine = {'token': uuid.uuid4().hex, 'host': socket.gethostname(), 'pid': os.getpid()}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name='workdir lock')
+
+    def take(self) -> None:
+        other, seen = self._read(), time.monotonic()
+        while other and not self._dead(other):
+            if time.time() - other['beat'] < STALE and other['host'] == self._mine['host']:
+                self._refuse(other)
+            if time.monotonic() - seen > STALE:
+                break  # no sign of life while we looked
+            time.sleep(1.0)
+            now = self._read()
+            if now and now != other:
+                self._refuse(now)
+            other = now
+        if '://' in str(self._path):
+            self._write()
+            time.sleep(2.0)  # a remote file system has no exclusive creation: see who wrote last
+            now = self._read()
+            if now and now['token'] != self._mine['token']:
+                self._refuse(now)
+        else:
+            self._path.unlink(missing_ok=True)
+            try:
+                open(self._path, 'x').close()
+            except FileExistsError:
+                self._refuse(self._read() or {'pid': '?', 'host': 'this or another host'})
+            self._write()
+        self._thread.start()
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        now = self._read()
+        if now and now['token'] == self._mine['token']:
+            self._path.unlink()
+
+    def _refuse(self, other):
+        raise UserError(
+            f'the workdir {self._path.parent} is in use by process {other["pid"]} on {other["host"]}; end that job, or '
+            'choose another --workdir'
+        )
+
+    def _dead(self, other) -> bool:
+        """True where it can be told: its process was on this host, and is gone."""
+        if other['host'] != self._mine['host']:
+            return False
+        try:
+            os.kill(other['pid'], 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return other['pid'] == self._mine['pid'] and other['token'] != self._mine['token']
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _write(self) -> None:
+        write(self._path, json.dumps(self._mine | {'beat': time.time()}))
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT):
+            with contextlib.suppress(OSError):  # a full disk is reported by what else is written
+                self._write()
