@@ -1,0 +1,120 @@
+"""Meshes: what lies where, that every mesh trains as one device does, and that wrong ones are refused."""
+
+import jax
+import numpy as np
+import pytest
+
+from mto_jax import job, parallel, train_state
+from mto_jax.data.order import whole
+from mto_jax.errors import UserError
+from mto_jax.train_state import Meter
+
+STEPS = 20
+
+
+def setup(config, method):
+    """A model whose heads, units and width divide by what the meshes ask for; MTO on, with all its parts."""
+    c = config
+    c.method, c.mask_ratio, c.simmim.mask_unit = method, 0.5, 1
+    c.model.width, c.model.heads, c.mae.decoder_width, c.mae.decoder_heads = 64, 4, 32, 4
+    c.mto.enabled, c.mto.recalibration, c.mto.w_e, c.mto.w_r, c.mto.w_spa = True, 'ramp', 0.1, 1.0, 0.1
+    c.epochs, c.optim.warmup_epochs, c.optim.base_lr, c.data.flip = STEPS / 4, 0.0, 1e-3, True
+    return job.prepare(c, 130)
+
+
+def trained(training, config, shape, images):
+    """(gradients of step 1, losses of all steps, final parameters) on a mesh, as numpy, and the state itself."""
+    mesh = parallel.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    with jax.set_mesh(mesh):
+        sharding = training.sharding(mesh)
+        state = jax.jit(training.create, out_shardings=sharding, static_argnums=0)(0)
+        key = train_state.stream(0, 'train')
+        grad = jax.jit(jax.grad(training.loss_fn, has_aux=True), out_shardings=(sharding.params, None))
+        batches = [parallel.put_batch({'image': x}, mesh) for x in images]
+        first = parallel.fetch(grad(state.params, batches[0], key, 0.0)[0])
+        step, losses = training.step(mesh), []
+        for batch in batches:
+            state, meter = step(state, Meter.empty(training.names), batch, key)
+            losses.append(float(meter.sums['loss']))
+        return first, losses, parallel.fetch(state.params), state
+
+
+MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
+
+
+@pytest.mark.parametrize('method', ['mae', 'simmim'])
+@pytest.mark.parametrize('meshes', [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=['mixed', 'all'])
+def test_meshes_agree_with_one_device(config, rng, method, meshes):
+    """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
+
+    Key biases are left out: their exact gradient is zero, and Adam makes steps of rounding noise.
+    """
+    training = setup(config, method)
+    shape = (STEPS, config.batch_size, *config.data.image_size, config.data.channels)
+    images = rng.integers(0, 256, shape, np.uint8)
+    one = trained(training, config, (1, 1, 1), images)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(one[0]))
+    for mesh in meshes:
+        gradients, losses, params, state = trained(training, config, mesh, images)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), gradients, one[0])
+        np.testing.assert_allclose(losses, one[1], rtol=1e-5)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(one[2]), strict=True):
+            if path[-1].key != 'k_bias':
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=f'{mesh} {jax.tree_util.keystr(path)}')
+        check_shards(state, mesh)
+
+
+def check_shards(state, mesh):
+    """Parameters and both moments: large ones lie in parts on the devices, as many as the mesh says."""
+    _, fsdp, tensor = mesh
+    moments = state.opt_state[0]
+    for tree in (state.params, moments.mu, moments.nu):
+        blocks = tree['encoder']['blocks']['block0']
+        for leaf, parts in (
+            (blocks['mlp_in']['kernel'], fsdp * tensor),
+            (blocks['mlp_in']['bias'], tensor),
+            (blocks['attn']['qkv_kernel'], fsdp * tensor),
+            (blocks['attn']['proj']['kernel'], fsdp * tensor),
+            (blocks['norm1']['scale'], 1),
+        ):
+            shard = leaf.addressable_shards[0].data
+            assert shard.nbytes * parts == leaf.nbytes, (mesh, leaf.shape, shard.shape)
+
+
+def test_a_hosts_rows_make_up_the_batch():
+    mesh = parallel.make_mesh(2, 2, 2)
+    part = parallel.local_part(12, mesh)
+    assert (part.rows == whole(12).rows).all()
+    assert (part.share, part.shares) == (0, 1)
+    x = np.arange(12 * 3).reshape(12, 3)
+    placed = parallel.put_batch({'x': x}, mesh)['x']
+    assert (parallel.fetch(placed) == x).all()
+    assert placed.addressable_shards[0].data.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ('axes', 'words'),
+    [
+        ((3, -1, 1), 'mesh.data=3, mesh.fsdp=-1, mesh.tensor=1 does not fit the 8 cpu'),
+        ((9, 1, 1), 'mesh.data=9.* 8 cpu'),
+        ((-1, -1, 1), 'one of them may be -1'),
+        ((0, 1, 1), 'positive number'),
+        ((-1, 16, 1), 'must divide'),
+    ],
+)
+def test_wrong_meshes_are_refused(axes, words):
+    with pytest.raises(UserError, match=words):
+        parallel.make_mesh(*axes)
+
+
+def test_the_rest_of_the_devices():
+    assert dict(parallel.make_mesh(-1, 2, 2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+    assert dict(parallel.make_mesh(2, -1).shape) == {'data': 2, 'fsdp': 4, 'tensor': 1}
+
+
+def test_batch_and_heads_must_divide(config):
+    with pytest.raises(UserError, match=r'batch_size is 34.*8 devices.*data \(4\).*fsdp \(2\)'):
+        parallel.check_batch(34, 1, parallel.make_mesh(4, 2))
+    training = setup(config, 'mae')
+    with pytest.raises(UserError, match=r'mesh.tensor is 8; it does not divide the 4 heads.*attn'):
+        training.sharding(parallel.make_mesh(1, 1, 8))
