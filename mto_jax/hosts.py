@@ -106,42 +106,41 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
     if index:
         _report(host, int(port), count, index, deadline, timeout)
         return
-    here: dict[int, tuple[str, socket.socket]] = {}
-    problem = ''
-    try:
-        server = socket.create_server(('', int(port)), backlog=count)
-    except OSError as e:
-        raise UserError(f'hosts.coordinator: port {port} cannot be opened on this host ({e.strerror})') from None
-    with server:
-        while len(here) < count - 1 and not problem:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                peer, _ = server.accept()
-                peer.settimeout(max(0.01, min(10.0, deadline - time.monotonic())))
-                other = json.loads(peer.makefile().readline())
-                number, size, name = other['index'], other['count'], other['host']
-            except TimeoutError:
-                if time.monotonic() < deadline:
-                    continue
-                missing = sorted(set(range(1, count)) - here.keys())
-                came = ', '.join(f'{i} ({name})' for i, (name, _) in sorted(here.items()))
+    names, problem = {0: socket.gethostname()}, ''
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(socket.create_server(('', int(port)), backlog=count))
+        except OSError as e:
+            raise UserError(f'hosts.coordinator: port {port} cannot be opened on this host ({e.strerror})') from None
+        peers = []
+        while len(names) < count and not problem:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                missing = ', '.join(str(i) for i in range(count) if i not in names)
+                present = ', '.join(f'{i} ({name})' for i, name in sorted(names.items()))
                 problem = (
-                    f'of {count} hosts, {len(missing)} did not report within hosts.timeout ({timeout:g} s): '
-                    f'index {", ".join(map(str, missing))}. Present: 0 ({socket.gethostname()})'
-                    + (f', {came}' if came else '')
-                    + '. Start the same command on every host'
+                    f'of {count} hosts, {count - len(names)} did not report within hosts.timeout ({timeout:g} s): '
+                    f'index {missing}. Present: {present}. Start the same command on every host'
                 )
+                break
+            server.settimeout(left)
+            try:
+                peer = stack.enter_context(server.accept()[0])
+                peer.settimeout(min(10.0, left))
+                with peer.makefile() as lines:
+                    other = json.loads(lines.readline())
+                number, size, name = other['index'], other['count'], other['host']
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # somebody else knocked
-            else:
-                if size != count or number in here or not 0 < number < count:
-                    problem = (
-                        f'host {name} reports as index {number} of {size}; this run has {count} hosts, '
-                        f'and each needs an index of its own'
-                    )
-                here[number] = name, peer
-        for _, peer in here.values():
-            with peer:
+                continue  # nobody in time, or somebody else knocked
+            peers.append(peer)
+            if size != count or number in names or not 0 < number < count:
+                problem = (
+                    f'host {name} reports as index {number} of {size}; this run has {count} hosts, and each needs an '
+                    'index of its own'
+                )
+            names[number] = name
+        for peer in peers:
+            with contextlib.suppress(OSError):
                 peer.sendall((json.dumps({'problem': problem}) + '\n').encode())
     if problem:
         raise UserError(problem)
@@ -162,8 +161,8 @@ def _report(host, port, count, index, deadline, timeout) -> None:
             with socket.create_connection((host, port), timeout=left) as s:
                 s.sendall(message.encode())
                 s.settimeout(left + 5)
-                answer = s.makefile().readline()
-            problem = json.loads(answer)['problem']
+                with s.makefile() as lines:
+                    problem = json.loads(lines.readline())['problem']
         except (OSError, ValueError):
             time.sleep(min(0.5, max(left, 0.01)))
             continue

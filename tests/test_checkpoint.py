@@ -1,0 +1,193 @@
+"""Checkpoints: checksums, damage, full disks, kills; and who holds a workdir."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from benchmarks import faults
+from configs import base
+from mto_jax import checkpoint, job, parallel, trainer, workdir
+from mto_jax.errors import UserError
+from tests.conftest import shrink
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.int32, jnp.bfloat16, np.uint8, np.float16])
+def test_checksums_against_plain_integers(rng, dtype):
+    """Python integers, of a shape whose axes lie on different devices; every single flipped bit shows."""
+    x = rng.normal(size=(8, 6)).astype(dtype) if np.dtype(dtype).kind != 'i' else rng.integers(-9, 9, (8, 6), dtype)
+    raw = x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+    want = sum(int(b) * (i * 0x9E3779B1 % 2**32 | 1) for i, b in enumerate(raw.ravel())) % 2**32
+    assert checkpoint.checksums({'x': jnp.asarray(x)}) == {'x': want}
+    mesh = parallel.make_mesh(4, 2)
+    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data', 'fsdp')))
+    assert checkpoint.checksums({'x': split}) == {'x': want}
+    other = raw.copy()
+    other[tuple(rng.integers(0, s) for s in raw.shape)] ^= raw.dtype.type(1 << int(rng.integers(8 * x.dtype.itemsize)))
+    assert checkpoint.checksums({'x': jnp.asarray(other.view(x.dtype))}) != {'x': want}
+    swapped = raw.copy()
+    swapped[0, 0], swapped[3, 2] = raw[3, 2], raw[0, 0]
+    if raw[0, 0] != raw[3, 2]:
+        assert checkpoint.checksums({'x': jnp.asarray(swapped.view(x.dtype))}) != {'x': want}
+
+
+@pytest.fixture(scope='module')
+def finished_run(tmp_path_factory):
+    """A finished run of 8 steps with checkpoints at 4, 6, 8 (config, folder, state)."""
+    c = shrink(base.get_config())
+    c.model.dtype, c.checkpoints.keep, c.diagnose_every = 'float32', 3, 0
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    return c, folder, trainer.pretrain(c, folder)
+
+
+# A restore that fails leaves coroutines of orbax behind, which complain when they are collected.
+ORBAX_LEFTOVERS = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+@ORBAX_LEFTOVERS
+@pytest.mark.parametrize('way', faults.DAMAGES)
+def test_damage_is_reported_and_the_one_before_is_used(finished_run, tmp_path, capsys, way):
+    """A flipped bit may also lie where no array is read from: then the newest is restored, bit by bit."""
+    config, folder, whole = finished_run
+    shutil.copytree(folder, tmp_path / 'run')
+    faults.damage(tmp_path / 'run' / 'checkpoints' / '8', way, random.Random())
+    again = trainer.pretrain(config, tmp_path / 'run')
+    out = capsys.readouterr().out
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
+    if way == 'flip' and 'resuming at step 8' in out:
+        return
+    assert 'checkpoints/8 ' in out
+    assert f'It is moved to {tmp_path}/run/damaged/8' in out
+    assert 'resuming at step 6' in out
+    assert (tmp_path / 'run' / 'damaged' / '8').is_dir()
+
+
+def test_bits_that_the_reader_accepts_are_caught_by_the_checksum(finished_run, tmp_path):
+    """What is stored is whole, but not what was saved: here the recorded sum is another."""
+    config, folder, _ = finished_run
+    shutil.copytree(folder, tmp_path / 'run')
+    path = tmp_path / 'run' / 'checkpoints' / '8' / 'about' / 'metadata'
+    about = json.loads(path.read_text())
+    name = next(n for n in about['checksums']['params'] if n.endswith('mlp_in/kernel'))
+    about['checksums']['params'][name] ^= 1 << 7
+    path.write_text(json.dumps(about))
+    saver = checkpoint.Checkpointer(tmp_path / 'run')
+    training = job.prepare(config, 130)
+    mesh = parallel.make_mesh(1)
+    abstract = checkpoint.abstract_like(jax.eval_shape(lambda: training.create(0)), training.sharding(mesh))
+    with pytest.raises(checkpoint.Damaged, match=rf'the checksum of params/{name} differs'):
+        saver.restore(abstract, 8)
+
+
+@ORBAX_LEFTOVERS
+def test_all_damaged_stops(finished_run, tmp_path):
+    config, folder, _ = finished_run
+    shutil.copytree(folder, tmp_path / 'run')
+    for step in (4, 6, 8):
+        faults.damage(tmp_path / 'run' / 'checkpoints' / str(step), 'empty', random.Random(0))
+    with pytest.raises(UserError, match=r'all checkpoints .* are damaged \(steps \[4, 6, 8\]\)'):
+        trainer.pretrain(config, tmp_path / 'run')
+
+
+def test_a_full_disk_is_an_error_and_older_checkpoints_stay(finished_run, tmp_path):
+    """Files of this process may grow to 30 kB only, which the arrays of a checkpoint do not fit in."""
+    config, folder, _ = finished_run
+    shutil.copytree(folder, tmp_path / 'run')
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / 'run' / 'checkpoints' / str(step))
+    code = """
+import resource, signal, sys
+from configs import base
+from tests.conftest import shrink
+from mto_jax import trainer
+from mto_jax.errors import UserError
+c = shrink(base.get_config())
+c.model.dtype, c.checkpoints.keep, c.diagnose_every = 'float32', 3, 0
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+try:
+    trainer.pretrain(c, sys.argv[1])
+except UserError as e:
+    print('stopped:', e)
+"""
+    env = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    command = [sys.executable, '-c', code, str(tmp_path / 'run')]
+    out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert 'stopped: a checkpoint could not be saved in' in out.stdout, out.stdout + out.stderr
+    assert 'Whole there: 4.' in out.stdout
+    again = trainer.pretrain(config, tmp_path / 'run')
+    assert int(again.step) == 8
+
+
+def test_a_workdir_that_cannot_be_written(config, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written'):
+        trainer.pretrain(config, tmp_path / 'file' / 'run')
+
+
+def test_two_jobs_cannot_share_a_workdir(tmp_path):
+    other = 'from mto_jax import workdir; import sys; workdir.hold(sys.argv[1], {}, False).__enter__()'
+    with workdir.hold(tmp_path, {}, False):
+        command = [sys.executable, '-c', other, str(tmp_path)]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert f'in use by process {os.getpid()} on' in out.stderr
+    assert not (tmp_path / 'lock.json').exists()
+
+
+def test_a_dead_jobs_workdir_is_taken_over(tmp_path):
+    """Of this host, its process being gone; of another host, after a time without a sign of life."""
+    gone = subprocess.Popen([sys.executable, '-c', ''])
+    gone.wait()
+    mine = {'token': 'x', 'host': workdir.socket.gethostname(), 'pid': gone.pid, 'beat': time.time()}
+    (tmp_path / 'lock.json').write_text(json.dumps(mine))
+    with workdir.hold(tmp_path, {}, False):
+        assert json.loads((tmp_path / 'lock.json').read_text())['pid'] == os.getpid()
+
+
+def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, 'STALE', 2.0)
+    theirs = {'token': 'x', 'host': 'elsewhere', 'pid': 1, 'beat': 0.0}
+    (tmp_path / 'lock.json').write_text(json.dumps(theirs))
+    with workdir.hold(tmp_path, {}, False):
+        pass
+    (tmp_path / 'lock.json').write_text(json.dumps(theirs))
+
+    def beat():
+        time.sleep(0.5)
+        (tmp_path / 'lock.json').write_text(json.dumps(theirs | {'beat': 1.0}))
+
+    threading.Thread(target=beat).start()
+    with pytest.raises(UserError, match='in use by process 1 on elsewhere'), workdir.hold(tmp_path, {}, False):
+        pass
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / 'config.json').write_text('{"a"')
+    with pytest.raises(UserError, match=r'config.json is damaged'), workdir.hold(tmp_path, {'a': 1}, False):
+        pass
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    path = epath.Path(tmp_path / 'x' / 'file')
+    workdir.write(path, 'one')
+    workdir.write(path, b'two')
+    assert path.read_text() == 'two'
+    assert [p.name for p in path.parent.iterdir()] == ['file']
+
+
+@pytest.mark.slow
+def test_killed_and_damaged_it_ends_the_same(tmp_path):
+    counts = faults.run(5, random.randrange(2**31), Path(tmp_path), ('flip', 'empty'))
+    assert counts['kills'] == 7
+    assert counts['damages_noticed'] + counts['flips_of_unused_bits'] == counts['damages'] == 2

@@ -1,0 +1,283 @@
+"""Several hosts: how they find each other, and real runs of two processes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from mto_jax import checkpoint, hosts, job, parallel
+from mto_jax.errors import UserError
+from tests.conftest import shrink
+
+SECONDS = 240  # within which a run of two processes on two busy cores is over
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('', 0))
+        return s.getsockname()[1]
+
+
+def call_in(count, indices, timeout, sizes=None):
+    """The outcome of `roll_call` on each of the hosts that were started: None or the error's text."""
+    address = f'localhost:{free_port()}'
+
+    def one(index):
+        try:
+            hosts.roll_call(address, (sizes or {}).get(index, count), index, timeout)
+        except UserError as e:
+            return str(e)
+
+    with ThreadPoolExecutor(len(indices)) as pool:
+        return list(pool.map(one, indices))
+
+
+def test_all_hosts_report():
+    assert call_in(4, [3, 1, 0, 2], 20) == [None] * 4
+
+
+def test_missing_hosts_are_named_on_those_that_came():
+    start = time.monotonic()
+    out = call_in(5, [0, 2, 4], 2)
+    assert time.monotonic() - start < 10
+    for text in out:
+        assert '2 did not report within hosts.timeout (2 s): index 1, 3' in text
+        assert '2 (' in text
+
+
+def test_a_missing_coordinator_is_named():
+    start = time.monotonic()
+    (text,) = call_in(2, [1], 1)
+    assert time.monotonic() - start < 10
+    assert 'host 1 of 2: no answer from localhost' in text
+
+
+def test_an_index_used_twice_and_another_count_are_refused():
+    for out in (call_in(3, [0, 1, 1], 5), call_in(2, [0, 1], 5, {1: 3})):
+        assert all('index 1 of' in text for text in out if text)
+        assert any('reports as index 1 of' in text for text in out if text)
+
+
+def test_a_stranger_does_not_disturb_the_roll_call():
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(hosts.roll_call, f'localhost:{port}', 2, 0, 20)
+        time.sleep(0.3)
+        with socket.create_connection(('localhost', port)) as s:
+            s.sendall(b'GET / HTTP/1.1\n')
+        second = pool.submit(hosts.roll_call, f'localhost:{port}', 2, 1, 20)
+        assert first.result() is second.result() is None
+
+
+@pytest.mark.parametrize(
+    ('env', 'expected'),
+    [
+        ({}, None),
+        (
+            {'SLURM_STEP_NODELIST': 'n[03-07,9]', 'SLURM_NTASKS': '6', 'SLURM_PROCID': '2', 'SLURM_JOB_ID': '4097'},
+            ('n03:61441', 6, 2),
+        ),
+        (
+            {'SLURM_STEP_NODELIST': 'a1,b[2-3]', 'SLURM_NTASKS': '3', 'SLURM_PROCID': '0', 'SLURM_JOB_ID': '1'},
+            ('a1:61441', 3, 0),
+        ),
+        ({'TPU_WORKER_HOSTNAMES': 't0,t1', 'TPU_WORKER_ID': '1'}, (f't0:{hosts.PORT}', 2, 1)),
+    ],
+)
+def test_hosts_are_found_from_the_environment(monkeypatch, env, expected):
+    for name in ('SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_JOB_ID', 'TPU_WORKER_HOSTNAMES'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.find(base.get_config().hosts) == expected
+
+
+@pytest.mark.parametrize(
+    ('fields', 'word'),
+    [
+        ({'coordinator': 'nowhere'}, 'hosts.coordinator'),
+        ({'coordinator': 'a:1', 'count': 2, 'index': 2}, 'hosts.index is 2 of hosts.count 2'),
+    ],
+)
+def test_wrong_fields_are_named(fields, word):
+    c = base.get_config().hosts
+    c.update(fields)
+    with pytest.raises(UserError, match=word):
+        hosts.find(c)
+
+
+def test_differences_name_field_and_hosts():
+    lines = hosts.differing([{'a.b': 1, 'c': 2}, {'a.b': 1, 'c': 3}, {'a.b': 1}], ['x', 'y', 'z'])
+    assert lines == ['  c: 2 on host 0 (x), 3 on host 1 (y), None on host 2 (z)']
+
+
+# Real runs. Two processes of two devices each; the same training on one process of four.
+
+FIELDS = {
+    'task': 'pretrain',
+    'data.train_split': 'train[:130]',
+    'data.val_split': 'train[130:190]',
+    'model.patch_size': 7,
+    'model.depth': 2,
+    'model.width': 16,
+    'model.heads': 2,
+    'mae.decoder_width': 8,
+    'mae.decoder_heads': 2,
+    'batch_size': 32,
+    'epochs': 2.0,
+    'optim.warmup_epochs': 0.5,
+    'log_every': 3,
+    'diagnose_every': 0,
+    'eval.every_epochs': 1.0,
+    'eval.batch_size': 32,
+    'checkpoints.every': 4,
+    'checkpoints.keep': 9,
+    'hosts.timeout': 60.0,
+}
+
+
+def launch(workdir, count, devices=2, port=None, different=None, only=None, **fields):
+    """Start `count` processes (or only those listed) of one training; returns them, with their output in files."""
+    port, processes = port or free_port(), []
+    for i in range(count) if only is None else only:
+        settings = FIELDS | {k.replace('__', '.'): v for k, v in fields.items()}
+        settings |= {'hosts.coordinator': f'localhost:{port}', 'hosts.count': count, 'hosts.index': i}
+        settings |= (different or {}).get(i, {})
+        args = [f'--config.{k}={v}' for k, v in settings.items()]
+        env = os.environ | {
+            'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            'JAX_COMPILATION_CACHE_DIR': '',
+        }
+        command = [sys.executable, 'main.py', '--config=configs/quickstart.py', f'--workdir={workdir}', *args]
+        with open(f'{workdir}.{i}.log', 'w') as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, text=True))
+    return processes
+
+
+def finish(processes):
+    try:
+        return [p.wait(SECONDS) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+def output(workdir, index=0):
+    with open(f'{workdir}.{index}.log') as f:
+        return f.read()
+
+
+def parameters(workdir, step):
+    """The saved parameters, on one device."""
+    c = shrink(base.get_config())
+    for name, value in (('mae.decoder_width', 8), ('model.dtype', 'float32')):
+        c.update_from_flattened_dict({name: value})
+    training = job.prepare(c, 130)
+    shapes = jax.eval_shape(lambda: training.create(0).params)
+    mesh = parallel.make_mesh(1)
+    return checkpoint.Checkpointer(workdir).restore_params(
+        checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh)), step
+    )
+
+
+def largest_difference(a, b):
+    """Over all parameters but key biases, whose gradient is rounding noise."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(x - y).max()) for (path, x), y in pairs if path[-1].key != 'k_bias')
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_hand_over(tmp_path):
+    """The same global batches on 2 processes as on 1; then 2 -> 1 -> 2 processes, and 4 -> 2 devices."""
+    one, two, mixed = (str(tmp_path / n) for n in ('one', 'two', 'mixed'))
+    assert finish(launch(one, 1, devices=4)) == [0]
+    assert finish(launch(two, 2)) == [0, 0], output(two)
+    assert largest_difference(parameters(one, 8), parameters(two, 8)) < 1e-5
+    assert 'validation' in output(two, 0)
+    assert 'validation' not in output(two, 1)
+
+    # Stopped at 4 of 8 steps each time by removing what came later.
+    shutil.copytree(two, mixed)
+    for processes, devices in ((1, 4), (2, 2), (1, 2)):
+        shutil.rmtree(f'{mixed}/checkpoints/8')
+        assert finish(launch(mixed, processes, devices=devices)) == [0] * processes, output(mixed)
+        assert 'resuming at step 4' in output(mixed)
+        assert largest_difference(parameters(one, 8), parameters(mixed, 8)) < 1e-5
+        # The checkpoint of step 4 is of two processes with two devices each.
+        assert ('under other conditions' in output(mixed)) == ((processes, devices) != (2, 2))
+
+
+@pytest.mark.slow
+def test_sigterm_at_one_host_saves_on_all(tmp_path):
+    workdir = str(tmp_path / 'run')
+    processes = launch(workdir, 2, epochs=500.0, checkpoints__every=100_000, eval__every_epochs=0.0)
+    deadline = time.monotonic() + SECONDS
+    while 'step 12/' not in output(workdir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    told = time.monotonic()
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [143, 143], output(workdir) + output(workdir, 1)
+    assert time.monotonic() - told < 30
+    assert 'told to end: saved at step' in output(workdir)
+    step = checkpoint.Checkpointer(workdir).latest()
+    again = launch(workdir, 2, epochs=500.0, checkpoints__every=100_000, eval__every_epochs=0.0)
+    while f'step {step + 12 - step % 3}' not in output(workdir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert f'resuming at step {step}' in output(workdir)
+    for p in again:
+        p.kill()
+        p.wait()
+
+
+@pytest.mark.slow
+def test_a_missing_or_differing_peer_fails_fast(tmp_path):
+    missing = str(tmp_path / 'missing')
+    start = time.monotonic()
+    assert finish(launch(missing, 2, only=[0], hosts__timeout=3.0)) == [2]
+    assert time.monotonic() - start < 60
+    assert 'index 1' in output(missing)
+    differing = str(tmp_path / 'differing')
+    codes = finish(launch(differing, 2, different={1: {'optim.base_lr': 0.5, 'mask_ratio': 0.5}}))
+    assert codes == [2, 2]
+    for i in (0, 1):
+        assert 'config.optim.base_lr: 0.003 on host 0' in output(differing, i)
+        assert '0.5 on host 1' in output(differing, i)
+    assert not os.path.exists(f'{differing}/checkpoints')
+
+
+def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):
+    """In this process: SIGTERM while step 3 runs, then a second start that ends as if nothing had happened."""
+    from mto_jax import preemption, trainer
+    from mto_jax.data import pipeline
+
+    config.checkpoints.every = 100
+    whole = trainer.pretrain(config, tmp_path / 'whole')
+    original = pipeline.train_batches
+
+    def with_notice(*args):
+        for i, batch in enumerate(original(*args)):
+            if i == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip('signals reach the main thread only')
+    monkeypatch.setattr(pipeline, 'train_batches', with_notice)
+    with pytest.raises(preemption.Preempted) as e:
+        trainer.pretrain(config, tmp_path / 'part')
+    assert e.value.code == 143
+    assert len(checkpoint.Checkpointer(tmp_path / 'part').steps) == 1
+    monkeypatch.undo()
+    again = trainer.pretrain(config, tmp_path / 'part')
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
