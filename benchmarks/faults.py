@@ -124,6 +124,7 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
     rng = random.Random(seed)
     epochs = max(4, 2 * kills * EVERY // STEPS_PER_EPOCH)
     total = epochs * STEPS_PER_EPOCH
+    place.mkdir(parents=True, exist_ok=True)
     whole, part = place / 'whole', place / 'part'
     assert start(whole, epochs).wait() == 0, said(whole)
     print(f'undisturbed: {total} steps', flush=True)

@@ -41,7 +41,10 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True),
+            # best_fn beside the policy: without it no metrics are written, and a later process would keep everything.
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=lambda m: m['score'], cleanup_tmp_directories=True
+            ),
             # Named here, so that a new process can read the metadata of what an earlier one saved.
             item_handlers={
                 'params': ocp.StandardCheckpointHandler(),

@@ -91,6 +91,44 @@ def test_evaluation_sees_every_example_once(data, size):
     np.testing.assert_array_equal(pixels, np.broadcast_to(np.arange(COUNT)[:, None, None, None], pixels.shape))
 
 
+@pytest.mark.parametrize('shares', [2, 4])
+def test_processes_read_parts_of_an_epoch(data, shares):
+    """Random access: the rows of one and the same global batch. Sequential: shares that have no example in common."""
+    source = sources.open_source(data, 'train')
+    parts = [order.Part(np.arange(8)[i::shares], i, shares) for i in range(shares)]
+    whole = batches(data, 0, 8)
+    for start in (0, 2, 5):
+        read = [list(pipeline.train_batches(source, data, 8, 0, start, 8, p)) for p in parts]
+        for t in range(start, 8):
+            rows = {p.share: read[p.share][t - start] for p in parts}
+            assert all(len(b['label']) == 8 // shares for b in rows.values())
+            if source.random_access:
+                for p in parts:
+                    np.testing.assert_array_equal(rows[p.share]['label'], whole[t]['label'][p.rows])
+                    np.testing.assert_array_equal(rows[p.share]['image'], whole[t]['image'][p.rows])
+        if start == 0:
+            first = read
+        for p in parts:  # also where a process starts in the middle
+            for a, b in zip(first[p.share][start:], read[p.share], strict=True):
+                np.testing.assert_array_equal(a['image'], b['image'])
+    labels = np.concatenate([b['label'] for read in first for b in read[:4]])
+    assert len(set(labels.tolist())) == 32
+    assert ('random' in source.order(parts[0])) == source.random_access
+    assert source.order(parts[0]) == source.order(parts[1])
+
+
+@pytest.mark.parametrize('size', [6, 34, 60])
+def test_processes_evaluate_every_example_once(data, size):
+    """Also where the last batch holds nothing for a process: all have as many batches, for they work in step."""
+    source = sources.open_source(data, 'train')
+    rows = np.arange(size)
+    parts = [order.Part(rows[: size // 2], 0, 2), order.Part(rows[size // 2 :], 1, 2)]
+    seen = [list(pipeline.eval_batches(source, data, size, 0, p)) for p in parts]
+    assert len(seen[0]) == len(seen[1])
+    together = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*seen, strict=True)]
+    assert np.concatenate([b['label'][b['valid']] for b in together]).tolist() == list(range(COUNT))
+
+
 def test_evaluation_limit_spreads_over_the_split(data):
     source = sources.open_source(data, 'train')
     seen = np.concatenate([b['label'][b['valid']] for b in pipeline.eval_batches(source, data, 4, limit=10)])

@@ -13,7 +13,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mto_jax import methods, objective, optim, parallel, schedules, tasks, train_state, trainer
+from mto_jax import checkpoint, methods, objective, optim, parallel, schedules, tasks, train_state, trainer
 from mto_jax.errors import UserError
 from mto_jax.metrics import read_history
 from mto_jax.models import vit
@@ -222,15 +222,17 @@ def test_another_model_is_refused(config, tmp_path):
         trainer.pretrain(config, tmp_path)
 
 
-def test_newest_and_best_are_kept(config, tmp_path):
-    """keep=1 and scores 3, 9, 1, 2: the best (step 2) stays beside the newest (step 4)."""
-    from mto_jax.checkpoint import Checkpointer
-
-    saver = Checkpointer(tmp_path, keep=1)
+@pytest.mark.parametrize('restarts', [False, True])
+def test_newest_and_best_are_kept(config, tmp_path, restarts):
+    """keep=1 and scores 3, 9, 1, 2: the best (step 2) stays beside the newest (step 4), also over restarts."""
     _, state, _, _ = build_step(config)
+    saver = checkpoint.Checkpointer(tmp_path, keep=1)
     for step, score in ((1, 3.0), (2, 9.0), (3, 1.0), (4, 2.0)):
         saver.save(state.replace(step=jnp.int32(step)), config.to_dict(), score, {})
         saver.wait()
+        if restarts:
+            saver.close()
+            saver = checkpoint.Checkpointer(tmp_path, keep=1)
     assert saver.steps == [2, 4]
     saver.close()
 
