@@ -3,9 +3,9 @@
     python data/make_fashion_mnist.py --source=DIR --train=60000 --test=10000 --format=npz
     python -m mto_jax.study --config=configs/study_simmim.py:explore
 
-Stages: `tune` (the baseline's own hyper-parameters, one factor at a time), `explore` (what of MTO helps), `refine` (the
-best of them on a second seed, and together). They are measured on 6,000 of the training images. docs/results.md tells
-what came out.
+Stages: `tune` (the baseline's own hyper-parameters, one factor at a time), `explore` (what of MTO helps) and `refine`
+(the best of them on a second seed, and together) are measured on 6,000 of the training images, `confirm` on the test
+images. docs/results.md tells what came out.
 """
 
 from configs import quickstart, simmim
@@ -159,6 +159,35 @@ def refine(c):
     return c
 
 
+def confirm(c):
+    """The tuned baseline, at its own best rate and at MTO's, against the best of `refine`: new seeds, test images."""
+    c.optim.b2 = 0.95
+    slower = {'optim': rate(c, 2e-3)}
+    c = with_rate(c, 8e-3)
+    c.study.variants = {
+        'baseline': {},
+        'rate 2e-3': slower,
+        'spa stronger': {**mto(w_spa=3.0), **slower},
+        'e r, e fades': {**mto(w_e=0.1, w_r=1.0, initial_blocks=1, decay_e=True), **slower},
+    }
+    return confirming(c)
+
+
+def confirming(c):
+    """Three budgets with schedules of their own, five seeds that chose nothing, test images, fine-tuning at the end."""
+    c.epochs, c.optim.warmup_epochs = 2.0, 0.2
+    c.study.budgets, c.study.seeds, c.study.split, c.study.evaluations = (
+        (0.5, 1.0, 2.0),
+        (10, 11, 12, 13, 14),
+        'test',
+        3,
+    )
+    f = c.finetune
+    f.epochs, f.optim.warmup_epochs = 5.0, 1.0
+    f.optim.base_lr, f.optim.b2, f.optim.layer_decay = 2e-3, 0.999, 0.75
+    return c
+
+
 def stage(name: str, stages: dict, c):
     """The config of the stage that a config file's argument names."""
     if name not in stages:
@@ -167,4 +196,4 @@ def stage(name: str, stages: dict, c):
 
 
 def get_config(argument: str):
-    return stage(argument, {'tune': tune, 'explore': explore, 'refine': refine}, prototype())
+    return stage(argument, {'tune': tune, 'explore': explore, 'refine': refine, 'confirm': confirm}, prototype())
