@@ -37,9 +37,10 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         source = sources.open_source(config.data, config.data.train_split)
         watched = sources.open_source(config.data, config.data.val_split)
         training = job.prepare(config, source.num_examples)
-        encode = features.encoder(training.method, config)  # checks config.eval, whether or not it is used
+        # Whether or not they are used: a mistake is better found now.
+        features.encoder(training.method, config)
         probes.eval_part(config.eval.batch_size, mesh)
-        sharding = training.sharding(mesh)
+        training.sharding(mesh)
         _require_accelerator(config)
     about = environment.describe(mesh) | {'order': source.order(parallel.local_part(config.batch_size, mesh))}
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
@@ -49,13 +50,13 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep)) as saver,
         preemption.watch() as told_to_end,
     ):
-        return _train(config, workdir, training, mesh, sharding, source, watched, encode, saver, about, told_to_end)
+        return _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end)
 
 
-def _train(config, workdir, training, mesh, sharding, source, watched, encode, saver, about, told_to_end) -> TrainState:
+def _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end) -> TrainState:
     """The run itself, once everything that can be wrong at the start has been looked at."""
     seed, total, per_epoch = config.seed, training.total, training.per_epoch
-    create = partial(training.create, seed)
+    create, sharding = partial(training.create, seed), training.sharding(mesh)
     state = saver.restore_newest(checkpoint.abstract_like(jax.eval_shape(create), sharding))
     if state is None:
         state = jax.jit(create, out_shardings=sharding)()
@@ -71,6 +72,7 @@ def _train(config, workdir, training, mesh, sharding, source, watched, encode, s
 
     step_fn = training.step(mesh)
     fixed = next(pipeline.eval_batches(watched, config.data, min(64, watched.num_examples)))['image']
+    encode = features.encoder(training.method, config)
     diagnose = jax.jit(objective.make_diagnose(training.method, config.data), out_shardings=parallel.replicated(mesh))
     log = Log(workdir, start)
     key, diagnose_key = (train_state.stream(seed, name) for name in ('train', 'diagnose'))

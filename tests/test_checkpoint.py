@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend, gpath
 
 from benchmarks import faults
 from configs import base
-from mto_jax import checkpoint, job, parallel, trainer, workdir
+from mto_jax import checkpoint, job, metrics, parallel, trainer, workdir
+from mto_jax.analysis import plots
 from mto_jax.errors import UserError
 from tests.conftest import shrink
 
@@ -184,6 +186,44 @@ def test_writing_is_all_or_nothing(tmp_path):
     workdir.write(path, b'two')
     assert path.read_text() == 'two'
     assert [p.name for p in path.parent.iterdir()] == ['file']
+
+
+class FakeBucket(backend.os_backend.__class__):
+    """gs://bucket/... on a folder, through the interface that epath uses for every remote store."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name in ('folder', '__class__') or not callable(value):
+            return value
+
+        def call(*args, **kwargs):
+            args = [str(a).replace('gs://bucket', self.folder) if str(a).startswith('gs://') else a for a in args]
+            out = value(*args, **kwargs)
+            return [p.replace(self.folder, 'gs://bucket') for p in out] if name in ('glob', 'listdir') else out
+
+        return call
+
+
+def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
+    """Lock, config, history and pictures on a fake remote file system, where nothing is created exclusively."""
+    bucket = FakeBucket(tmp_path)
+    monkeypatch.setattr(gpath.PosixGPath, '_backend', property(lambda self: bucket))
+    place = epath.Path('gs://bucket/runs/a')
+    with workdir.hold(place, {'seed': 1}, False):
+        assert (tmp_path / 'runs' / 'a' / 'lock.json').exists()
+        workdir.write(place / 'metrics.jsonl', '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+        history = metrics.read_history(place)
+        plots.curves(place / 'curves.png', {'a': history})
+    assert [r['loss'] for r in history] == [2.0, 1.0]
+    assert (tmp_path / 'runs' / 'a' / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(p.name for p in (tmp_path / 'runs' / 'a').iterdir()) == ['config.json', 'curves.png', 'metrics.jsonl']
+    with pytest.raises(UserError, match='seed: 1 there, 2 now'), workdir.hold(place, {'seed': 2}, False):
+        pass
+    (tmp_path / 'runs' / 'a' / 'checkpoints' / '12').mkdir(parents=True)
+    assert checkpoint.locate('gs://bucket/runs/a') == (place, 12)
 
 
 @pytest.mark.slow
