@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Trains on an existing TPU VM slice: sets up every worker, then starts the same command on all. Run it where gcloud is
+# configured. Run again, it resumes.
+set -euo pipefail
+
+# ---- edit here ----
+TPU=my-slice
+ZONE=us-central2-b
+PROJECT=my-project
+REPOSITORY=https://github.com/you/mto_jax.git
+WORKDIR=gs://my-bucket/runs/mae_mto
+ARGS="--config=configs/mae_mto.py --config.data.data_dir=gs://my-bucket/tensorflow_datasets"
+# -------------------
+
+on_all() { gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --project="$PROJECT" --worker=all --command="$1"; }
+
+on_all "test -d mto_jax || git clone -q $REPOSITORY mto_jax
+cd mto_jax && git pull -q
+python3 -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
+test -d .venv || python3 -m venv .venv
+.venv/bin/pip install -q -r requirements-tpu.txt"
+on_all "cd mto_jax && .venv/bin/python main.py --workdir=$WORKDIR $ARGS"

@@ -1,0 +1,211 @@
+"""What a training will need on a TPU slice, without one: compiles its real step ahead of time.
+
+    python -m mto_jax.compile_tpu --config=configs/mae_mto.py:vit_l --topology=v5e:16x16 [--per_chip_batch=16,32]
+
+Needs `libtpu` (requirements-tpu.txt), no hardware. Prints, for each batch, whether it fits, the bytes on a chip, the
+collectives, and an estimate of the step's time from the compiler's own cycle counts, which leave out what collectives
+cost where they do not overlap. All are the compiler's estimates, not measurements.
+"""
+
+import os
+
+# Before jax: no lock against other compilations, no look-up of a machine's own TPU.
+os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'none')
+
+import dataclasses
+import math
+import re
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+
+from mto_jax import cli, job, parallel, perf
+from mto_jax.errors import UserError
+from mto_jax.train_state import Meter
+
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:8x8', 'Chip and slice: v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, ...')
+_BATCHES = flags.DEFINE_list('per_chip_batch', [], "Images a chip and step. Default: the config's batch_size, split.")
+
+IMAGENET = 1_281_167
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU chip, after Google's public documentation ("TPU v4", "v5e", "v5p", "v6e" at cloud.google.com/tpu/docs).
+
+    Attributes:
+      memory: bytes of HBM.
+      peak: bfloat16 FLOPs a second.
+      lanes: multiply-adds a clock of all its matrix units; peak / (2 * lanes) is the clock.
+    """
+
+    memory: float
+    peak: float
+    lanes: int
+
+    @property
+    def clock(self) -> float:
+        return self.peak / (2 * self.lanes)
+
+
+CHIPS = {
+    'v4': Chip(32 * 2**30, 275e12, 8 * 128**2),
+    'v5e': Chip(16 * 2**30, 197e12, 4 * 128**2),
+    'v5p': Chip(95 * 2**30, 459e12, 8 * 128**2),
+    'v6e': Chip(32 * 2**30, 918e12, 4 * 256**2),
+}
+
+
+def run(config, workdir) -> list[dict]:
+    """Compile for each batch and print; returns the rows. `workdir` is not used.
+
+    Raises:
+      UserError: for an unknown topology, a mesh or batch that does not fit it, or without libtpu.
+    """
+    del workdir
+    name = _TOPOLOGY.value
+    chip = CHIPS.get(name.partition(':')[0])
+    if chip is None:
+        raise UserError(
+            f'--topology is {name!r}; it must be one of {", ".join(CHIPS)}, a colon and the shape, like v5e:4x8'
+        )
+    try:
+        devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+    except Exception as e:
+        first = next(iter(str(e).splitlines()), '')
+        raise UserError(
+            f'--topology={name}: {first}. Needs libtpu (requirements-tpu.txt) and a shape it knows'
+        ) from None
+    mesh = parallel.make_mesh(**config.mesh, devices=devices)
+    rows = []
+    for batch in [int(b) * mesh.size for b in _BATCHES.value] or [config.batch_size]:
+        config.batch_size = batch
+        parallel.check_batch(batch, config.accumulate, mesh)
+        rows.append(estimate(config, mesh, chip))
+        print('\n'.join(f'{k}: {v}' for k, v in {'topology': name, **rows[-1]}.items()), end='\n\n', flush=True)
+    return rows
+
+
+def estimate(config, mesh, chip: Chip) -> dict[str, str]:
+    """Compile the step of `config` on a mesh of described devices; {what: text}."""
+    training = job.prepare(config, IMAGENET)
+    state = jax.eval_shape(training.create, 0)
+    shardings = training.sharding(mesh)
+    shape = (config.batch_size, *config.data.image_size, config.data.channels)
+    batch = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}
+    meter = jax.eval_shape(lambda: Meter.empty(training.names))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    begun = time.perf_counter()
+    each = perf.train_flops(training, max(1, config.batch_size // mesh.size))
+    least = each * config.batch_size / mesh.size / chip.peak
+    out = {
+        'mesh': ', '.join(f'{n} {s}' for n, s in mesh.shape.items()),
+        'batch': f'{config.batch_size} ({config.batch_size / mesh.size:g} a chip)',
+        'parameters and optimizer on a chip': f'{_gb(_held(state.params, shardings.params))}, '
+        f'{_gb(_held(state.opt_state, shardings.opt_state))}',
+        'GFLOPs an image (matrix products, forward + backward)': f'{each / 1e9:.1f}',
+        'roofline': f'{1e3 * least:.1f} ms a step',
+    }
+    try:
+        with jax.set_mesh(mesh):
+            compiled = training.step(mesh).lower(state, meter, batch, key).compile()
+    except jax.errors.JaxRuntimeError as e:
+        found = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', str(e))
+        if not found:
+            raise
+        return out | {'fits': f'no: the compiler needs {found[1]} of {found[2]}'}
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + beside + memory.generated_code_size_in_bytes
+    cycles, collectives = read_hlo(text)
+    seconds = cycles / chip.clock
+    return out | {
+        'fits': f'yes: {_gb(total)} of {_gb(chip.memory)}',
+        'temporaries on a chip': _gb(memory.temp_size_in_bytes),
+        'collectives': ', '.join(f'{n} x {kind} ({_gb(size)})' for kind, (n, size) in collectives.items()) or 'none',
+        'estimated step': f'{1e3 * seconds:.1f} ms without exposed collectives, '
+        f'{config.batch_size / seconds:.0f} images/s, {least / seconds:.0%} MFU',
+        'compiled in': f'{time.perf_counter() - begun:.0f} s',
+    }
+
+
+def _held(tree, shardings) -> int:
+    """Bytes of a tree on one device."""
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def _gb(size: float) -> str:
+    return f'{size / 2**30:.2f} GiB' if size >= 2**27 else f'{size / 2**20:.2f} MiB'
+
+
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4}
+
+
+def read_hlo(text: str) -> tuple[int, dict[str, tuple[int, int]]]:
+    """From a compiled program: cycles of all it runs, and {collective: (count, bytes of its results)}.
+
+    What a loop holds counts once a turn, where the compiler knows how many turns there are.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = name = ''
+    for line in text.splitlines():
+        found = re.match(r'(?:ENTRY )?%?([\w.\-]+) .*\{$', line)
+        if found:
+            name = found[1]
+            bodies[name] = []
+            entry = name if line.startswith('ENTRY') else entry
+        elif name:
+            bodies[name].append(line)
+
+    def walk(name, times):
+        cycles, collectives = 0, {}
+
+        def add(more):
+            for kind, (count, size) in more.items():
+                n, b = collectives.get(kind, (0, 0))
+                collectives[kind] = n + count, b + size
+
+        for line in bodies.get(name, ()):
+            found = re.match(r'\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(', line)
+            if not found:
+                continue
+            result, op = found[1], found[2]
+            own = re.search(r'"estimated_cycles":"(\d+)"', line)
+            cycles += times * int(own[1]) if own else 0
+            kind = op.removesuffix('-start')
+            if kind in COLLECTIVES:
+                sizes = [_size(t, dims) for t, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', result)]
+                # What starts such a collective returns its operand too.
+                paired = op.endswith('-start') and kind != 'all-reduce'
+                add({kind: (times, times * (max(sizes) if paired else sum(sizes)))})
+            turns = 1
+            if op == 'while':
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                turns = int(known[1]) if known else 1
+                inner = re.findall(r'body=%?([\w.\-]+)', line)
+            elif op in ('call', 'async-start', 'conditional'):
+                inner = re.findall(r'(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)', line)
+            else:
+                inner = []
+            for other in inner:
+                more, found_inside = walk(other, times * turns)
+                cycles += more
+                add(found_inside)
+        return cycles, collectives
+
+    return walk(entry, 1)
+
+
+def _size(dtype: str, dims: str) -> int:
+    return BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(',') if d)
+
+
+if __name__ == '__main__':
+    cli.start(run)

@@ -1,0 +1,102 @@
+"""Counted FLOPs against published figures, and what is read off a compiled program."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import mae, simmim
+from mto_jax import job, perf
+
+PROGRAM = """\
+HloModule step, entry_computation_layout={()->f32[]}
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %n = f32[8]{0} negate(%p)
+}
+
+%body.1 (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %f.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %g = bf16[4,2]{1,0} all-gather(%y), dimensions={0}
+  %deep = (s32[]) while(%z), condition=%cond, body=%body.2, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %r = (s32[], f32[8,4]) tuple(%i, %f.1)
+}
+
+%body.2 (t: (s32[])) -> (s32[]) {
+  ROOT %h = (s32[]) fusion(%x), calls=%fused, backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+ENTRY %main (a: f32[8]) -> f32[] {
+  %w = (s32[], f32[8,4]) while(%a), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %all-reduce.3 = (f32[]{:T(128)}, f32[6,2]{1,0}) all-reduce(%b, %c), to_apply=%sum
+  %ag = (f32[2]{0}, f32[8]{0}) all-gather-start(%d), dimensions={0}
+  %done = f32[8]{0} all-gather-done(%ag)
+  ROOT %k = f32[] fusion(%e), calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+}
+"""
+
+
+def test_a_compiled_program_is_read():
+    """5 turns of 10 + 3 x 7 cycles, and 100; gathers of 16 bytes 5 times and of 32 once; a reduction of 4 + 48."""
+    code = f"""
+from mto_jax import compile_tpu
+print(compile_tpu.read_hlo({PROGRAM!r}))
+"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=False)
+    assert out.stdout.strip() == "(255, {'all-gather': (6, 112), 'all-reduce': (1, 52)})", out.stderr
+
+
+def test_matrix_products_are_counted():
+    """Products in a scan, a batch and a nested jit, against the arithmetic by hand."""
+
+    def f(a, b):
+        y = jax.lax.scan(lambda c, _: (c @ b, None), a, None, length=3)[0]
+        return jax.jit(lambda x: jax.numpy.einsum('bij,bjk->bik', x, x))(y[None].repeat(2, 0)).sum()
+
+    a = np.ones((4, 4), np.float32)
+    assert perf.matmul_flops(f, a, a) == 3 * 2 * 4**3 + 2 * 2 * 4**3
+
+
+@pytest.mark.parametrize(
+    ('module', 'size', 'published'),
+    [(mae, 'vit_b', 58.5), (mae, 'vit_l', 124.2), (mae, 'vit_h', 291), (simmim, 'b', 105.3)],
+)
+def test_published_flops(module, size, published):
+    """GFLOPs an image of forward and backward pass, as computed from the papers' architectures."""
+    config = module.get_config(size) if module is mae else module.get_config()
+    assert perf.train_flops(job.prepare(config, 5000), 4) / 1e9 == pytest.approx(published, rel=0.01)
+
+
+TPU_PYTHON = os.environ.get('MTO_JAX_TPU_PYTHON')
+NO_LIBTPU = 'needs libtpu in an environment of its own; MTO_JAX_TPU_PYTHON names its interpreter'
+
+
+def compile_for(topology, *args):
+    command = [TPU_PYTHON, '-m', 'mto_jax.compile_tpu', '--config=configs/mae_mto.py', f'--topology={topology}', *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU_PYTHON, reason=NO_LIBTPU)
+@pytest.mark.parametrize('topology', ['v5e:8x8', 'v4:4x4x4'])
+def test_the_flagship_compiles_for_a_slice(topology):
+    """ViT-B, batch 4096, MTO on, as it is."""
+    out = compile_for(topology)
+    assert 'fits: yes' in out.stdout, out.stderr[-2000:]
+    assert 'batch: 4096' in out.stdout
+    assert 'all-reduce' in out.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU_PYTHON, reason=NO_LIBTPU)
+@pytest.mark.parametrize(
+    ('args', 'word'),
+    [(['v9:2x2'], 'v9:2x2'), (['v5e:3x7'], 'v5e:3x7'), (['v5e:2x4', '--config.mesh.fsdp=3'], 'mesh.fsdp=3')],
+)
+def test_wrong_topologies_are_named(args, word):
+    out = compile_for(*args)
+    assert out.returncode == 2
+    assert word in out.stderr.splitlines()[-1]
