@@ -42,11 +42,13 @@ class Chip:
       memory: bytes of HBM.
       peak: bfloat16 FLOPs a second.
       lanes: multiply-adds a clock of all its matrix units; peak / (2 * lanes) is the clock.
+      config: libtpu's name for how its cores are joined; v4's two make one device, as jax wants them.
     """
 
     memory: float
     peak: float
     lanes: int
+    config: str = 'default'
 
     @property
     def clock(self) -> float:
@@ -54,7 +56,7 @@ class Chip:
 
 
 CHIPS = {
-    'v4': Chip(32 * 2**30, 275e12, 8 * 128**2),
+    'v4': Chip(32 * 2**30, 275e12, 8 * 128**2, 'megacore'),
     'v5e': Chip(16 * 2**30, 197e12, 4 * 128**2),
     'v5p': Chip(95 * 2**30, 459e12, 8 * 128**2),
     'v6e': Chip(32 * 2**30, 918e12, 4 * 256**2),
@@ -75,7 +77,7 @@ def run(config, workdir) -> list[dict]:
             f'--topology is {name!r}; it must be one of {", ".join(CHIPS)}, a colon and the shape, like v5e:4x8'
         )
     try:
-        devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+        devices = topologies.get_topology_desc(name, 'tpu', chip_config_name=chip.config).devices
     except Exception as e:
         first = next(iter(str(e).splitlines()), '')
         raise UserError(
@@ -127,7 +129,11 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     return out | {
         'fits': f'yes: {_gb(total)} of {_gb(chip.memory)}',
         'temporaries on a chip': _gb(memory.temp_size_in_bytes),
-        'collectives': ', '.join(f'{n} x {kind} ({_gb(size)})' for kind, (n, size) in collectives.items()) or 'none',
+        'collectives': ', '.join(
+            f'{n} x {kind} ({_gb(size)}, {overlapped / size:.0%} overlapped)'
+            for kind, (n, size, overlapped) in collectives.items()
+        )
+        or 'none',
         'estimated step': f'{1e3 * seconds:.1f} ms without exposed collectives, '
         f'{config.batch_size / seconds:.0f} images/s, {least / seconds:.0%} MFU',
         'compiled in': f'{time.perf_counter() - begun:.0f} s',
@@ -148,10 +154,11 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4}
 
 
-def read_hlo(text: str) -> tuple[int, dict[str, tuple[int, int]]]:
-    """From a compiled program: cycles of all it runs, and {collective: (count, bytes of its results)}.
+def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
+    """From a compiled program: cycles of all it runs, and {collective: [count, bytes of its results, overlapped bytes]}.
 
-    What a loop holds counts once a turn, where the compiler knows how many turns there are.
+    What a loop holds counts once a turn, where the compiler knows how many turns there are. A collective overlaps with
+    computation if the compiler starts it in one place and waits for it in another.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ''
@@ -164,14 +171,12 @@ def read_hlo(text: str) -> tuple[int, dict[str, tuple[int, int]]]:
         elif name:
             bodies[name].append(line)
 
+    collectives: dict[str, list[int]] = {}
+    seen = set()  # channels: what is fused with its start, its steps and its end is written down in each
+
     def walk(name, times):
-        cycles, collectives = 0, {}
-
-        def add(more):
-            for kind, (count, size) in more.items():
-                n, b = collectives.get(kind, (0, 0))
-                collectives[kind] = n + count, b + size
-
+        cycles = 0
+        split = any('AsyncCollectiveStart' in line for line in bodies.get(name, ()))
         for line in bodies.get(name, ()):
             found = re.match(r'\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(', line)
             if not found:
@@ -180,27 +185,30 @@ def read_hlo(text: str) -> tuple[int, dict[str, tuple[int, int]]]:
             own = re.search(r'"estimated_cycles":"(\d+)"', line)
             cycles += times * int(own[1]) if own else 0
             kind = op.removesuffix('-start')
-            if kind in COLLECTIVES:
+            channel = re.search(r'channel_id=(\d+)', line)
+            if kind in COLLECTIVES and not (channel and channel[1] in seen):
+                if channel:
+                    seen.add(channel[1])
                 sizes = [_size(t, dims) for t, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', result)]
                 # What starts such a collective returns its operand too.
                 paired = op.endswith('-start') and kind != 'all-reduce'
-                add({kind: (times, times * (max(sizes) if paired else sum(sizes)))})
+                size = times * (max(sizes) if paired else sum(sizes))
+                overlapped = size if split or op.endswith('-start') else 0
+                old = collectives.get(kind, (0, 0, 0))
+                collectives[kind] = [a + b for a, b in zip(old, (times, size, overlapped), strict=True)]
             turns = 1
             if op == 'while':
                 known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
                 turns = int(known[1]) if known else 1
                 inner = re.findall(r'body=%?([\w.\-]+)', line)
-            elif op in ('call', 'async-start', 'conditional'):
+            elif op in ('call', 'fusion', 'async-start', 'conditional'):
                 inner = re.findall(r'(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)', line)
             else:
                 inner = []
-            for other in inner:
-                more, found_inside = walk(other, times * turns)
-                cycles += more
-                add(found_inside)
-        return cycles, collectives
+            cycles += sum(walk(other, times * turns) for other in inner)
+        return cycles
 
-    return walk(entry, 1)
+    return walk(entry, 1), collectives
 
 
 def _size(dtype: str, dims: str) -> int:

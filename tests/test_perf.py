@@ -29,7 +29,19 @@ HloModule step, entry_computation_layout={()->f32[]}
   ROOT %h = (s32[]) fusion(%x), calls=%fused, backend_config={"window_config":{"estimated_cycles":"7"}}
 }
 
+%begun (p: f32[4]) -> (f32[4], f32[4]) {
+  %ar = f32[4]{0} all-reduce(%p), channel_id=7, to_apply=%sum
+  ROOT %c = (f32[4], f32[4]) custom-call(%ar), custom_call_target="AsyncCollectiveStart"
+}
+
+%ended (p: f32[4]) -> f32[4] {
+  %ar.2 = f32[4]{0} all-reduce(%p), channel_id=7, to_apply=%sum
+  ROOT %c.2 = f32[4] custom-call(%ar.2), custom_call_target="AsyncCollectiveDone"
+}
+
 ENTRY %main (a: f32[8]) -> f32[] {
+  %start = (f32[4], f32[4]) fusion(%e), calls=%begun
+  %end = f32[4] fusion(%start), calls=%ended
   %w = (s32[], f32[8,4]) while(%a), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
   %all-reduce.3 = (f32[]{:T(128)}, f32[6,2]{1,0}) all-reduce(%b, %c), to_apply=%sum
   %ag = (f32[2]{0}, f32[8]{0}) all-gather-start(%d), dimensions={0}
@@ -40,13 +52,14 @@ ENTRY %main (a: f32[8]) -> f32[] {
 
 
 def test_a_compiled_program_is_read():
-    """5 turns of 10 + 3 x 7 cycles, and 100; gathers of 16 bytes 5 times and of 32 once; a reduction of 4 + 48."""
+    """5 turns of 10 + 3 x 7 cycles, and 100; gathers of 16 bytes 5 times and of 32 once, begun ahead; reductions of
+    4 + 48, and of 16 that is begun in one fusion and ended in another."""
     code = f"""
 from mto_jax import compile_tpu
 print(compile_tpu.read_hlo({PROGRAM!r}))
 """
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=False)
-    assert out.stdout.strip() == "(255, {'all-gather': (6, 112), 'all-reduce': (1, 52)})", out.stderr
+    assert out.stdout.strip() == "(255, {'all-reduce': [2, 68, 16], 'all-gather': [6, 112, 32]})", out.stderr
 
 
 def test_matrix_products_are_counted():
