@@ -155,7 +155,7 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, '
 
 
 def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
-    """From a compiled program: cycles of all it runs, and {collective: [count, bytes of its results, overlapped bytes]}.
+    """From a compiled program: cycles of all it runs, {collective: [count, bytes of its results, overlapped bytes]}.
 
     What a loop holds counts once a turn, where the compiler knows how many turns there are. A collective overlaps with
     computation if the compiler starts it in one place and waits for it in another.
