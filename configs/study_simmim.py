@@ -176,12 +176,8 @@ def confirm(c):
 def confirming(c):
     """Three budgets with schedules of their own, five seeds that chose nothing, test images, fine-tuning at the end."""
     c.epochs, c.optim.warmup_epochs = 2.0, 0.2
-    c.study.budgets, c.study.seeds, c.study.split, c.study.evaluations = (
-        (0.5, 1.0, 2.0),
-        (10, 11, 12, 13, 14),
-        'test',
-        3,
-    )
+    c.study.budgets, c.study.seeds = (0.5, 1.0, 2.0), (10, 11, 12, 13, 14)
+    c.study.split, c.study.evaluations = 'test', 2
     f = c.finetune
     f.epochs, f.optim.warmup_epochs = 5.0, 1.0
     f.optim.base_lr, f.optim.b2, f.optim.layer_decay = 2e-3, 0.999, 0.75
