@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -69,8 +70,8 @@ def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], Conf
         yield name, budget, seeds, setup
 
 
-def run(config: ConfigDict, workdir: Path) -> Path:
-    """Run what of the grid is not in the table yet; returns the table's path.
+def run(config: ConfigDict, workdir: os.PathLike) -> Path:
+    """Run what of the grid is not in the table yet; returns the table's path. `workdir` is a local folder.
 
     Raises:
       UserError: for a bad grid or config, before anything is trained.
@@ -88,6 +89,7 @@ def run(config: ConfigDict, workdir: Path) -> Path:
     jobs = list(grid(config))
     for *_, setup in jobs:
         in_memory.prepare(setup, train[0][: setup.batch_size])  # a bad variant stops here, not hours later
+    workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
     table = workdir / 'table.csv'
     mine = jobs[study.index :: study.count]

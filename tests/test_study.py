@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import study_mae, study_simmim
 from mto_jax import in_memory, methods, study, trainer
@@ -147,7 +148,7 @@ def two_runs(config):
 
 
 def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
-    table = study.run(two_runs, tmp_path)
+    table = study.run(two_runs, epath.Path(tmp_path))  # as the command line passes it
     rows = study.read(table)
     # Two variants x two seeds x two evaluations, and the untrained networks of the baseline's run.
     assert len(rows) == 2 * 2 * 2 + 2
