@@ -1,12 +1,18 @@
-"""Entry point: python main.py --config=configs/<file>.py [--workdir=DIR] [--config.field=value ...]"""
+"""Entry point: python main.py --config=configs/<file>.py [--workdir=DIR] [--check] [--config.field=value ...]"""
+
+from absl import flags
 
 from mto_jax import cli
+
+_CHECK = flags.DEFINE_bool('check', False, 'Decode every image of the data set once and list what cannot be.')
 
 
 def main(config, workdir):
     # Imported here, so that a mistyped flag is reported before TensorFlow is loaded.
     from mto_jax import tasks
 
+    if _CHECK.value:
+        config.task = 'check'
     tasks.run(config, workdir)
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.task = 'pretrain'  # pretrain, knn, linear, compare
+    c.task = 'pretrain'  # pretrain, knn, linear, compare, check, report
     c.method = 'mae'  # mae, simmim, or an importable module with build(config)
     c.seed = 0
     c.workdir = ''  # '' for runs/<name of the config>; the same workdir resumes
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.resume_anyway = False  # resume although fields differ from those the run started with
 
     c.data = ConfigDict()
-    c.data.name = 'imagenet2012'  # a TFDS name, or '' where data_dir is itself a prepared TFDS directory
+    c.data.name = 'imagenet2012'  # a TFDS name; '' where data_dir is itself a prepared TFDS directory; or 'folder'
     c.data.data_dir = ''  # '' for TFDS' own default
     c.data.train_split = 'train'
     c.data.val_split = 'validation'  # watched during development
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], one per channel
     c.data.std = (0.229, 0.224, 0.225)
     c.data.shuffle_buffer = 20_000  # records; TFRecord only, ArrayRecord permutes exactly
+    c.data.on_error = 'raise'  # an image that cannot be decoded: raise, or replace it by the next one that can
     c.data.threads = 0  # of the host pipeline; 0 for one a core
 
     c.model = ConfigDict()
@@ -123,6 +124,9 @@ def get_config() -> ConfigDict:
 
     c.compare = ConfigDict()  # task=compare
     c.compare.seeds = (0,)  # one pre-training without and one with MTO for each
+
+    c.report = ConfigDict()  # task=report
+    c.report.runs = ''  # workdirs of trainings, commas between them
 
     c.finetune = ConfigDict()  # of a study's runs
     c.finetune.epochs = 0.0  # 0: no fine-tuning

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax import hosts, methods, objective, parallel, train_state, trainer
-from mto_jax.analysis import plots
+from mto_jax.analysis import plots, report
 from mto_jax.evals import features, probes
 from mto_jax.metrics import read_history, say
 from mto_jax.workdir import write
@@ -50,8 +50,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     if hosts.is_first():
         write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
         write(workdir / 'results.md', text)
-        runs = {p.parent.name + '/' + p.name: read_history(p) for p in sorted(workdir.glob('seed*/*')) if p.is_dir()}
-        plots.curves(workdir / 'curves.png', runs)
+        folders = [p for p in sorted(workdir.glob('seed*/*')) if p.is_dir()]
+        plots.curves(workdir / 'curves.png', {f'{p.parent.name}/{p.name}': read_history(p) for p in folders})
+        report.write_report(workdir, folders, results)
     say('\n' + text)
     say(f'table: {workdir}/results.md, curves: {workdir}/curves.png, pictures of each run: {workdir}/seed*/*')
     return results

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from mto_jax import hosts
+from mto_jax.errors import UserError
 from mto_jax.workdir import write
 
 
@@ -53,9 +54,20 @@ class Log:
 
 
 def read_history(workdir: epath.Path) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl`, oldest first; empty without the file."""
-    path = workdir / 'metrics.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of `metrics.jsonl`, oldest first; empty without the file.
+
+    Raises:
+      UserError: for a line that is not one.
+    """
+    path, rows = workdir / 'metrics.jsonl', []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+            row['step'] + 0
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f'{path} is damaged in line {number}: {line[:60]!r}; delete that line to go on') from None
+        rows.append(row)
+    return rows
 
 
 def say(text: str) -> None:

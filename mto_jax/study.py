@@ -29,7 +29,7 @@ from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, frozen
 
 FREE_FIELDS = ('seed', 'workdir', 'checkpoint', 'task', 'compare', 'checkpoints', 'log_every', 'log_images', 'mesh')
-FREE_FIELDS += ('hosts', 'allow_cpu')  # what does not shape a run
+FREE_FIELDS += ('hosts', 'allow_cpu', 'report')  # what does not shape a run
 BASELINE = 'baseline'  # the variant that others are compared with
 COLUMNS = (
     'config',  # fingerprint of everything that shaped the run

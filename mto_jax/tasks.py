@@ -7,6 +7,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax import compare, hosts, trainer
+from mto_jax.analysis import report
+from mto_jax.data import check
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
 
@@ -15,6 +17,8 @@ TASKS: dict[str, Callable[[ConfigDict, epath.Path], object]] = {
     'knn': probes.run,
     'linear': probes.run,
     'compare': compare.run,
+    'check': check.run,
+    'report': report.run,
 }
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax import checkpoint, cpu, environment, hosts, job, objective, parallel, preemption, schedules, train_state
-from mto_jax.analysis import plots
+from mto_jax.analysis import plots, report
 from mto_jax.data import pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
@@ -46,7 +46,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
     with (
         jax.set_mesh(mesh),
-        _held(workdir, config),
+        _held(workdir, config, about),
         contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep)) as saver,
         preemption.watch() as told_to_end,
     ):
@@ -135,17 +135,18 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         history = read_history(workdir)
         plots.curves(workdir / 'curves.png', {workdir.name: history})
         plots.per_block(workdir / 'heterogeneity.png', history)
+        report.write_report(workdir, [workdir])
     say(f'pictures and metrics: {workdir}, checkpoint: {saver.directory / str(total)}')
     return state
 
 
 @contextlib.contextmanager
-def _held(workdir, config):
+def _held(workdir, config, about):
     """The workdir, held by the first process for all."""
     with contextlib.ExitStack() as stack:
         with hosts.together():
             if hosts.is_first():
-                stack.enter_context(hold(workdir, config.to_dict(), config.resume_anyway))
+                stack.enter_context(hold(workdir, config.to_dict(), about, config.resume_anyway))
         yield
 
 

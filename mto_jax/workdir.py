@@ -25,6 +25,7 @@ FREE_FIELDS = (
     'checkpoints.',
     'eval.',
     'compare.',
+    'report.',
     'finetune.',
     'study.',
     'hosts.',
@@ -46,8 +47,12 @@ def write(path: epath.Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.Path, config: Mapping[str, Any], resume_anyway: bool) -> Iterator[None]:
-    """Take the workdir for this job and write `config.json`, comparing it with the run's that is to be resumed.
+def hold(
+    workdir: epath.Path, config: Mapping[str, Any], about: Mapping[str, Any], resume_anyway: bool
+) -> Iterator[None]:
+    """Take the workdir for this job; write `config.json`, comparing it with the run's that is to be resumed.
+
+    `about` (see `environment.describe`) becomes `environment.json`.
 
     Raises:
       UserError: if another job holds it, it cannot be written, or fields that matter differ and `resume_anyway` is not
@@ -62,7 +67,7 @@ def hold(workdir: epath.Path, config: Mapping[str, Any], resume_anyway: bool) ->
         raise UserError(f'the workdir {workdir} cannot be written: {e.strerror or e}') from None
     try:
         if path.exists():
-            changed = differences(_read_config(path), json.loads(json.dumps(config)))
+            changed = differences(read_json(path), json.loads(json.dumps(config)))
             if changed and not resume_anyway:
                 raise UserError(
                     f'{workdir} holds a run with another config:\n'
@@ -70,12 +75,14 @@ def hold(workdir: epath.Path, config: Mapping[str, Any], resume_anyway: bool) ->
                     + '\nChoose another --workdir, or set --config.resume_anyway=True to go on with the new values.'
                 )
         write(path, json.dumps(config, indent=2) + '\n')
+        write(workdir / 'environment.json', json.dumps(about, indent=2) + '\n')
         yield
     finally:
         lock.release()
 
 
-def _read_config(path: epath.Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A file that this module wrote; raises UserError where it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as e:

@@ -139,8 +139,8 @@ def test_a_workdir_that_cannot_be_written(config, tmp_path):
 
 
 def test_two_jobs_cannot_share_a_workdir(tmp_path):
-    other = 'from mto_jax import workdir; import sys; workdir.hold(sys.argv[1], {}, False).__enter__()'
-    with workdir.hold(tmp_path, {}, False):
+    other = 'from mto_jax import workdir; import sys; workdir.hold(sys.argv[1], {}, {}, False).__enter__()'
+    with workdir.hold(tmp_path, {}, {}, False):
         command = [sys.executable, '-c', other, str(tmp_path)]
         out = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert f'in use by process {os.getpid()} on' in out.stderr
@@ -153,7 +153,7 @@ def test_a_dead_jobs_workdir_is_taken_over(tmp_path):
     gone.wait()
     mine = {'token': 'x', 'host': workdir.socket.gethostname(), 'pid': gone.pid, 'beat': time.time()}
     (tmp_path / 'lock.json').write_text(json.dumps(mine))
-    with workdir.hold(tmp_path, {}, False):
+    with workdir.hold(tmp_path, {}, {}, False):
         assert json.loads((tmp_path / 'lock.json').read_text())['pid'] == os.getpid()
 
 
@@ -161,7 +161,7 @@ def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, 'STALE', 2.0)
     theirs = {'token': 'x', 'host': 'elsewhere', 'pid': 1, 'beat': 0.0}
     (tmp_path / 'lock.json').write_text(json.dumps(theirs))
-    with workdir.hold(tmp_path, {}, False):
+    with workdir.hold(tmp_path, {}, {}, False):
         pass
     (tmp_path / 'lock.json').write_text(json.dumps(theirs))
 
@@ -170,13 +170,13 @@ def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
         (tmp_path / 'lock.json').write_text(json.dumps(theirs | {'beat': 1.0}))
 
     threading.Thread(target=beat).start()
-    with pytest.raises(UserError, match='in use by process 1 on elsewhere'), workdir.hold(tmp_path, {}, False):
+    with pytest.raises(UserError, match='in use by process 1 on elsewhere'), workdir.hold(tmp_path, {}, {}, False):
         pass
 
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / 'config.json').write_text('{"a"')
-    with pytest.raises(UserError, match=r'config.json is damaged'), workdir.hold(tmp_path, {'a': 1}, False):
+    with pytest.raises(UserError, match=r'config.json is damaged'), workdir.hold(tmp_path, {'a': 1}, {}, False):
         pass
 
 
@@ -212,7 +212,7 @@ def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
     bucket = FakeBucket(tmp_path)
     monkeypatch.setattr(gpath.PosixGPath, '_backend', property(lambda self: bucket))
     place = epath.Path('gs://bucket/runs/a')
-    with workdir.hold(place, {'seed': 1}, False):
+    with workdir.hold(place, {'seed': 1}, {}, False):
         assert (tmp_path / 'runs' / 'a' / 'lock.json').exists()
         workdir.write(place / 'metrics.jsonl', '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
         history = metrics.read_history(place)
@@ -220,7 +220,7 @@ def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
     assert [r['loss'] for r in history] == [2.0, 1.0]
     assert (tmp_path / 'runs' / 'a' / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert sorted(p.name for p in (tmp_path / 'runs' / 'a').iterdir()) == ['config.json', 'curves.png', 'metrics.jsonl']
-    with pytest.raises(UserError, match='seed: 1 there, 2 now'), workdir.hold(place, {'seed': 2}, False):
+    with pytest.raises(UserError, match='seed: 1 there, 2 now'), workdir.hold(place, {'seed': 2}, {}, False):
         pass
     (tmp_path / 'runs' / 'a' / 'checkpoints' / '12').mkdir(parents=True)
     assert checkpoint.locate('gs://bucket/runs/a') == (place, 12)

@@ -185,11 +185,11 @@ def test_fused_jpeg_crop_is_the_crop(rng):
     smooth = (255 * (smooth - smooth.min()) / np.ptp(smooth)).astype(np.uint8)
     encoded = tf.io.encode_jpeg(np.repeat(smooth, 3, -1), quality=95)
     window = tf.constant([8, 16, 24, 32])
-    got = pipeline._decode(encoded, 3, window).numpy().astype(int)
+    got = pipeline.decode(encoded, 3, window).numpy().astype(int)
     whole = tf.io.decode_jpeg(encoded).numpy()[8:32, 16:48].astype(int)
     assert np.abs(got - whole).max() <= 2
     png = tf.io.encode_png(np.repeat(smooth, 3, -1))
-    np.testing.assert_array_equal(pipeline._decode(png, 3, window), np.repeat(smooth, 3, -1)[8:32, 16:48])
+    np.testing.assert_array_equal(pipeline.decode(png, 3, window), np.repeat(smooth, 3, -1)[8:32, 16:48])
 
 
 def test_resize_against_pil(rng):

@@ -1,14 +1,12 @@
 """Small data sets as whole arrays: for training that never leaves the device (`in_memory.py`)."""
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from mto_jax.data.order import split_range
 from mto_jax.errors import UserError
-
-_SLICE = re.compile(r'(?P<name>\w+)(\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?')
 
 
 def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -34,16 +32,16 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f'data.data_dir is {data.data_dir!r}: no such file; data/make_fashion_mnist.py --format=npz writes one'
         )
-    found = _SLICE.fullmatch(split)
     with np.load(data.data_dir) as arrays:
-        if not found or f'{found["name"]}_image' not in arrays:
-            names = ', '.join(n.removesuffix('_image') for n in arrays if n.endswith('_image'))
-            raise UserError(f'data: {data.data_dir} has no split {split!r}; it has {names} and slices of them')
-        images, labels = arrays[f'{found["name"]}_image'], arrays[f'{found["name"]}_label']
+        sizes = {n.removesuffix('_label'): len(arrays[n]) for n in arrays if n.endswith('_label')}
+        found = split_range(split, sizes)
+        if not found:
+            raise UserError(f'data: {data.data_dir} has no split {split!r}; it has {", ".join(sizes)} and slices of them')
+        name, part = found
+        images, labels = arrays[f'{name}_image'], arrays[f'{name}_label']
     wanted = (*data.image_size, data.channels)
     if images.shape[1:] != wanted or images.dtype != np.uint8:
         raise UserError(f'data: the images are {images.dtype} {images.shape[1:]}, the config says uint8 {wanted}')
-    part = slice(_position(found['start'], len(images), 0), _position(found['stop'], len(images), len(images)))
     return images[part], labels[part].astype(np.int32)
 
 
@@ -58,9 +56,3 @@ def padded(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
     count = len(batch['label'])
     out = {k: np.pad(v, ((0, size - count), *[(0, 0)] * (v.ndim - 1))) for k, v in batch.items()}
     return out | {'valid': np.arange(size) < count}
-
-
-def _position(text: str | None, total: int, default: int) -> int:
-    if not text:
-        return default
-    return round(float(text[:-1]) / 100 * total) if text.endswith('%') else int(text)

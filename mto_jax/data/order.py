@@ -1,11 +1,30 @@
 """In which order examples are seen: a function of the seed and the step alone."""
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from mto_jax.errors import UserError
+
+
+_SPLIT = re.compile(r'(?P<name>[\w.\-]+)(\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?')
+
+
+def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, slice] | None:
+    """The name and the slice that 'train', 'train[:90%]' or 'train[100:]' mean; None where `sizes` has no such name."""
+    found = _SPLIT.fullmatch(split)
+    if not found or found['name'] not in sizes:
+        return None
+    total = sizes[found['name']]
+
+    def position(text, default):
+        if not text:
+            return default
+        return round(float(text[:-1]) / 100 * total) if text.endswith('%') else int(text)
+
+    return found['name'], slice(position(found['start'], 0), position(found['stop'], total))
 
 
 @dataclasses.dataclass(frozen=True)

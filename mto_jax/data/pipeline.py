@@ -5,6 +5,8 @@ epoch and, orders being random, come back in others.
 """
 
 import math
+import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +45,8 @@ def crop_window(height, width, seed, area, aspect) -> tf.Tensor:
     return tf.cast(tf.stack([y, x, ch, cw]), tf.int32)
 
 
-def _decode(encoded, channels, window=None):
-    """Decode a JPEG or PNG, uint8 (h, w, channels); for a JPEG, only the window."""
+def decode(encoded, channels, window=None):
+    """Decode a JPEG or PNG, uint8 (h, w, channels); for a JPEG, only the window. EXIF orientation is not applied."""
 
     def whole():
         image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
@@ -63,10 +65,11 @@ def _decode(encoded, channels, window=None):
 def _size(encoded, channels):
     """Height and width of an encoded image; a JPEG's are read from its header."""
 
-    def decode():
-        return tf.shape(tf.io.decode_image(encoded, channels=channels, expand_animations=False))[:2]
-
-    return tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.extract_jpeg_shape(encoded)[:2], decode)
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.extract_jpeg_shape(encoded)[:2],
+        lambda: tf.shape(tf.io.decode_image(encoded, channels=channels, expand_animations=False))[:2],
+    )
 
 
 def _resize(image, size):
@@ -80,9 +83,9 @@ def train_image(encoded, seed, data) -> tf.Tensor:
     if data.crop == 'random_resized':
         size = _size(encoded, data.channels)
         window = crop_window(size[0], size[1], seed, data.crop_area, data.crop_aspect)
-        image = _decode(encoded, data.channels, window)
+        image = decode(encoded, data.channels, window)
     elif data.crop == 'resize':
-        image = _decode(encoded, data.channels)
+        image = decode(encoded, data.channels)
     else:
         raise UserError(f'data.crop is {data.crop!r}; it must be random_resized or resize')
     image = _resize(image, data.image_size)
@@ -92,7 +95,7 @@ def train_image(encoded, seed, data) -> tf.Tensor:
 
 def eval_image(encoded, data) -> tf.Tensor:
     """One evaluation image: shorter side to `eval_resize`, centre crop; or the whole image resized."""
-    image = _decode(encoded, data.channels)
+    image = decode(encoded, data.channels)
     height, width = data.image_size
     if data.eval_resize:
         shape = tf.cast(tf.shape(image)[:2], tf.float32)
@@ -116,6 +119,10 @@ def train_batches(
     The same (source, seed, step) gives the same batch, wherever the iterator starts. With `part`, only this process's
     rows of it: with random access of the same global batch however many processes there are, else of one that depends
     on `part.shares`.
+
+    Raises:
+      UserError: for an image that cannot be decoded, unless `data.on_error` is 'replace': then the next in the order of
+        the files that can takes its place, at this step.
     """
     part = part or whole(batch_size)
     per_epoch = steps_per_epoch(source.num_examples, batch_size)
@@ -125,26 +132,38 @@ def train_batches(
         image = train_image(example['image'], seed_pair, data)
         return {'image': image, 'label': tf.cast(example['label'], tf.int32)}
 
-    def batches(examples, first):
-        # The position of each example in the whole training, from which its own random numbers come.
-        steps = tf.data.Dataset.counter(tf.constant(first, tf.int64))
-        positions = steps.flat_map(lambda t: tf.data.Dataset.from_tensor_slices(t * batch_size + part.rows))
-        ds = tf.data.Dataset.zip(positions, examples)
-        ds = ds.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
-        return _finish(ds.batch(len(part.rows), drop_remainder=True), data)
+    def rows(step):
+        # The positions of this process's examples in the whole training, from which their random numbers come.
+        return step * batch_size + part.rows
 
-    if source.random_access:
-        positions = batch_positions(source.num_examples, batch_size, seed, start, stop)
-        yield from batches(source.stream(p[part.rows] for p in positions), start).as_numpy_iterator()
-        return
+    def chosen(step, end):
+        order = batch_positions(source.num_examples, batch_size, seed, step, end)
+        for t, positions in enumerate(order, step):
+            mine = positions[part.rows]
+            yield _replaced(mine, stand_ins.get(t, {}))
 
-    step = start
-    while step < stop:
+    def examples(step):
+        """Undecoded, from this step on; to the end of the epoch where the format is sequential."""
+        if source.random_access:
+            return source.stream(chosen(step, stop)), stop
         epoch, done = divmod(step, per_epoch)
-        count = min(per_epoch - done, stop - step)
-        examples = source.shuffled(seed, epoch, done * len(part.rows), part)
-        yield from batches(examples, step).take(count).as_numpy_iterator()
-        step += count
+        end = min(stop, (epoch + 1) * per_epoch)
+        return source.shuffled(seed, epoch, done * len(part.rows), part).take((end - step) * len(part.rows)), end
+
+    step, stand_ins = start, {}
+    while step < stop:
+        found, end = examples(step)
+        steps = tf.data.Dataset.counter(tf.constant(step, tf.int64))
+        ds = tf.data.Dataset.zip(steps.flat_map(lambda t: tf.data.Dataset.from_tensor_slices(rows(t))), found)
+        ds = ds.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
+        try:
+            for batch in _finish(ds.batch(len(part.rows), drop_remainder=True), data).as_numpy_iterator():
+                yield batch
+                step += 1
+            step = end
+        except tf.errors.InvalidArgumentError as e:
+            read = zip(rows(step), examples(step)[0].take(len(part.rows)), strict=True)
+            stand_ins = {step: _stand_ins(source, prepare, read, next(chosen(step, step + 1)), data, e)}
 
 
 def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Part | None = None) -> Iterator[Batch]:
@@ -153,6 +172,9 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
     Args:
       limit: stop after this many examples, spread evenly over the split; 0 for all.
       part: this process's rows of each batch.
+
+    Raises:
+      UserError: for an image that cannot be decoded; with `data.on_error` = 'replace' it counts as not valid.
     """
     total = source.num_examples
     part = part or whole(batch_size)
@@ -162,17 +184,85 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
     # Positions in the split of this process's rows, batch by batch; the last batch may be short, or empty here.
     wanted = [chosen[r[r < limit]] for r in (b * batch_size + part.rows for b in range(count))]
 
-    def prepare(example):
+    def prepare(position, example):
+        del position
         return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)}
 
-    examples = source.select(wanted)
-    ds = examples.map(prepare, num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True)
-    short = bool(len(wanted) and not len(wanted[-1]))
-    for batch in _finish(ds.batch(len(part.rows)), data).as_numpy_iterator():
-        yield padded(batch, len(part.rows))
-    if short:
+    done, stand_ins = 0, {}
+    filled = [w for w in wanted if len(w)]
+    while done < len(filled):
+        first, rest = done, [_replaced(w, stand_ins.get(b, {})) for b, w in enumerate(filled[done:], done)]
+        ds = source.select(rest).map(
+            lambda e: prepare(None, e), num_parallel_calls=data.threads or tf.data.AUTOTUNE, deterministic=True
+        )
+        try:
+            for batch in _finish(ds.batch(len(part.rows)), data).as_numpy_iterator():
+                batch = padded(batch, len(part.rows))
+                batch['valid'][list(stand_ins.get(done, ()))] = False
+                yield batch
+                done += 1
+        except tf.errors.InvalidArgumentError as e:
+            failed = rest[done - first]
+            read = zip(failed, source.select([failed]), strict=True)
+            stand_ins = {done: _stand_ins(source, prepare, read, failed, data, e)}
+    if len(filled) < count:
         empty = np.zeros((0, *data.image_size, data.channels), np.uint8)
         yield padded({'image': empty, 'label': np.zeros(0, np.int32)}, len(part.rows))
+
+
+def _replaced(positions: np.ndarray, stand_ins: Mapping[int, int]) -> np.ndarray:
+    """Positions of examples with those of some rows changed."""
+    positions = positions.copy()
+    for row, position in stand_ins.items():
+        positions[row] = position
+    return positions
+
+
+def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, int]:
+    """{row: position of what takes its place} for every row of a batch that cannot be decoded.
+
+    Args:
+      prepare: what failed for the batch, of (position in the training, example).
+      examples: its arguments, row by row.
+      positions: of the rows' examples in the data set.
+      error: what to raise where every row turns out to be fine.
+
+    Raises:
+      UserError: if `data.on_error` is 'raise', or nothing can be decoded.
+    """
+    out = {}
+    for row, (position, example) in enumerate(examples):
+        problem = problem_of(prepare, tf.constant(position, tf.int64), example)
+        if not problem:
+            continue
+        name = example['name'].numpy().decode()
+        if data.on_error == 'raise':
+            raise UserError(
+                f'data: cannot decode {name}: {problem}. --check lists all such images; '
+                '--config.data.on_error=replace goes on with the next one in its place'
+            )
+        for away in range(1, source.num_examples):
+            other = (int(positions[row]) + away) % source.num_examples
+            example = next(iter(source.stream([np.array([other])])))
+            if not problem_of(prepare, tf.constant(position, tf.int64), example):
+                break
+        else:
+            raise UserError(f'data: not one image can be decoded; {name}: {problem}')
+        out[row] = other
+        print(f'data: replaced {name}: {problem}', file=sys.stderr, flush=True)
+    if not out:
+        raise error
+    return out
+
+
+def problem_of(prepare: Callable, *args) -> str:
+    """Why `prepare(*args)` cannot decode its image, in a few words; '' where it can."""
+    try:
+        prepare(*args)
+    except tf.errors.InvalidArgumentError as e:
+        words = re.sub(r'\{\{.*?\}\}|\[Op:.*', '', e.message.partition('\n')[0])
+        return ' '.join(words.split()) or 'not an image'
+    return ''
 
 
 def _finish(ds: tf.data.Dataset, data) -> tf.data.Dataset:

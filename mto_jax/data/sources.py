@@ -1,17 +1,19 @@
-"""Where examples come from: TFDS data sets, by name or from a prepared directory.
+"""Where examples come from: TFDS data sets, by name or from a prepared directory, and plain folders (`folder.py`).
 
-Both storage formats yield undecoded examples. ArrayRecord gives random access, so the order of an epoch is an exact
-permutation; TFRecord is read in a seeded shuffle (of files, then of a buffer) and resumed by skipping records.
+All yield undecoded examples. A folder and ArrayRecord give random access, so the order of an epoch is an
+exact permutation; TFRecord is read in a seeded shuffle (of files, then of a buffer) and resumed by skipping records.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from mto_jax.data import folder
 from mto_jax.data.order import Part
 from mto_jax.errors import UserError
 
@@ -28,9 +30,30 @@ file_format='array_record').download_and_prepare()"
 To try the project without ImageNet: python main.py --config=configs/quickstart.py"""
 
 
+class Source(Protocol):
+    """One split of a data set, as undecoded examples {'image': bytes, 'label': int64 (-1 without labels), 'name': str}.
+
+    Attributes:
+      num_examples: how many there are.
+      random_access: whether they can be read in any order; without, `shuffled` reads them.
+    """
+
+    num_examples: int
+    random_access: bool
+
+    def order(self, part: Part) -> str:
+        """What the order of examples depends on beside the seed, in words for a checkpoint."""
+
+    def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
+        """Examples at the given positions, one array of them at a time. Random access only."""
+
+    def select(self, positions: Sequence[np.ndarray]) -> tf.data.Dataset:
+        """The examples at ascending positions in the order of the files, given as several arrays."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """One split of a data set, as undecoded examples {'image': bytes, 'label': int64 (-1 without labels)}."""
+class Tfds:
+    """A split of a TFDS data set."""
 
     builder: tfds.core.DatasetBuilder
     split: str
@@ -45,18 +68,16 @@ class Source:
         return self.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
     def order(self, part: Part) -> str:
-        """What the order of examples depends on beside the seed, in words for a checkpoint."""
         return 'random access' if self.random_access else f'sequential, in {part.shares} share(s)'
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
-        """Examples at the given positions, one array of them at a time. Random access only."""
         records = self.builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
         def read():
             for indices in positions:
-                yield np.array(records.__getitems__(indices.tolist()), object)
+                yield indices, np.array(records.__getitems__(indices.tolist()), object)
 
-        spec = tf.TensorSpec([None], tf.string)
+        spec = tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.string)
         return tf.data.Dataset.from_generator(read, output_signature=spec).unbatch().map(self._parse)
 
     def shuffled(self, seed: int, epoch: int, skip: int, part: Part) -> tf.data.Dataset:
@@ -65,17 +86,18 @@ class Source:
         Of several shares each holds examples of its own, as many as the others; a few may be left out of all.
         """
         state = int(np.random.default_rng([seed, epoch]).integers(2**31))
-        config = tfds.ReadConfig(shuffle_seed=state, try_autocache=False, enable_ordering_guard=False)
+        config = tfds.ReadConfig(
+            shuffle_seed=state, try_autocache=False, enable_ordering_guard=False, add_tfds_id=True
+        )
         config.options.deterministic = True
         split = self.split
         if part.shares > 1:
             split = tfds.even_splits(split, part.shares, drop_remainder=True)[part.share]
         ds = self.builder.as_dataset(split, shuffle_files=True, read_config=config, decoders=self._undecoded)
         ds = ds.shuffle(self.shuffle_buffer, seed=state, reshuffle_each_iteration=False).skip(skip)
-        return ds.map(self._select)
+        return ds.map(lambda e: self._select(e, e['tfds_id']))
 
     def select(self, positions: Sequence[np.ndarray]) -> tf.data.Dataset:
-        """The examples at ascending positions in the order of the files, given as several arrays."""
         if self.random_access:
             return self.stream(p for p in positions if len(p))
         keep = np.zeros(self.num_examples, bool)
@@ -85,18 +107,24 @@ class Source:
         config = tfds.ReadConfig(try_autocache=False)
         config.options.deterministic = True
         ds = self.builder.as_dataset(self.split, shuffle_files=False, read_config=config, decoders=self._undecoded)
-        return ds.enumerate().filter(lambda i, _: keep[i]).map(lambda _, e: self._select(e))
+        return ds.enumerate().filter(lambda i, _: keep[i]).map(lambda i, e: self._select(e, self._name(i)))
 
     @property
     def _undecoded(self):
         return {'image': tfds.decode.SkipDecoding()}
 
-    def _parse(self, serialized):
-        return self._select(self.builder.info.features.deserialize_example(serialized, decoders=self._undecoded))
+    def _name(self, position):
+        return tf.strings.join([f'example {self.split}[', tf.strings.as_string(position), ']'])
 
-    def _select(self, example):
+    def _parse(self, position, serialized):
+        features = self.builder.info.features
+        return self._select(
+            features.deserialize_example(serialized, decoders=self._undecoded), self._name(position)
+        )
+
+    def _select(self, example, name):
         label = example.get('label', tf.constant(-1, tf.int64))
-        return {'image': example['image'], 'label': tf.cast(label, tf.int64)}
+        return {'image': example['image'], 'label': tf.cast(label, tf.int64), 'name': name}
 
 
 def open_source(data, split: str) -> Source:
@@ -105,6 +133,20 @@ def open_source(data, split: str) -> Source:
     Raises:
       UserError: if the data set or the split is missing or has no images, saying how to get it.
     """
+    if data.on_error not in ('raise', 'replace'):
+        raise UserError(f'data.on_error is {data.on_error!r}; it must be raise or replace')
+    if data.name == folder.NAME:
+        return folder.open_folder(data.data_dir, split)
+    source = _open_tfds(data, split)
+    if data.on_error == 'replace' and not source.random_access:
+        raise UserError(
+            f"data.on_error is 'replace', which needs random access, and {source.builder.name} is stored as "
+            f'{source.builder.info.file_format.value}: prepare it as array_record, or set data.on_error=raise'
+        )
+    return source
+
+
+def _open_tfds(data, split: str) -> Tfds:
     builder = _builder(data)
     splits = builder.info.splits
     try:
@@ -117,7 +159,7 @@ def open_source(data, split: str) -> Source:
         raise UserError(f'data: the split {split!r} of {builder.name} is empty')
     if 'image' not in builder.info.features:
         raise UserError(f'data: {builder.name} has no feature "image"; it has {", ".join(builder.info.features)}')
-    return Source(builder, split, data.shuffle_buffer)
+    return Tfds(builder, split, data.shuffle_buffer)
 
 
 def _builder(data) -> tfds.core.DatasetBuilder:

@@ -1,0 +1,14 @@
+"""One page about one or more trainings: numbers, curves, reconstructions, heterogeneity, config.
+
+    python main.py --config=configs/report.py --config.report.runs=runs/a,runs/b --workdir=runs/a_and_b
+
+Writes `<workdir>/report.html`. Every training writes its own at its end.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.task = 'report'
+    return c

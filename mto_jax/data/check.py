@@ -1,0 +1,61 @@
+"""Decode a whole data set once and list what cannot be: `python main.py --config=configs/mae_mto.py --check`."""
+
+import time
+
+import numpy as np
+import tensorflow as tf
+from etils import epath
+
+from mto_jax.data import pipeline, sources
+from mto_jax.errors import UserError
+from mto_jax.workdir import write
+
+
+def run(config, workdir: epath.Path) -> list[str]:
+    """Check the training, validation and test split; writes `<workdir>/unreadable.txt`, a line an image.
+
+    Raises:
+      UserError: at the end, if there is such an image and `data.on_error` is 'raise'; for data that are missing.
+    """
+    data = config.data
+    splits = list(dict.fromkeys((data.train_split, data.val_split, data.test_split)))
+    opened = [sources.open_source(data, split) for split in splits]
+    lines = []
+    for split, source in zip(splits, opened, strict=True):
+        found = unreadable(source, data, f'{split}: ')
+        print(f'{split}: {source.num_examples:,} images, {len(found)} of them cannot be decoded', flush=True)
+        lines += found
+    path = epath.Path(workdir) / 'unreadable.txt'
+    write(path, ''.join(f'{line}\n' for line in lines))
+    for line in lines[:20]:
+        print(f'  {line}')
+    if lines and data.on_error == 'raise':
+        raise UserError(
+            f'data: {len(lines)} images cannot be decoded; {path} lists them. Repair or remove them, or train with '
+            '--config.data.on_error=replace'
+        )
+    return lines
+
+
+def unreadable(source: sources.Source, data, label: str = '') -> list[str]:
+    """Every image of a source that cannot be decoded, as 'name: why'; prints its progress after `label`."""
+    total = source.num_examples
+    everything = np.array_split(np.arange(total), -(-total // 1024))
+    decoded = np.zeros(total, bool)
+
+    def decode(position, example):
+        # The shape is returned so that the decoding is not optimised away.
+        return position, tf.shape(pipeline.decode(example['image'], data.channels))
+
+    threads = data.threads or tf.data.AUTOTUNE
+    ds = source.select(everything).enumerate().map(decode, num_parallel_calls=threads, deterministic=True)
+    begun = shown = time.perf_counter()
+    for position, _ in ds.ignore_errors().prefetch(1024).as_numpy_iterator():
+        decoded[position] = True
+        now = time.perf_counter()
+        if now - shown > 10:
+            shown, speed = now, (position + 1) / (now - begun)
+            print(f'{label}{position + 1:,} of {total:,}, ETA {(total - position) / speed:.0f} s', flush=True)
+    bad = np.flatnonzero(~decoded)
+    examples = source.select([bad]) if len(bad) else ()
+    return [f'{e["name"].numpy().decode()}: {pipeline.problem_of(decode, 0, e)}' for e in examples]

@@ -1,0 +1,104 @@
+"""A plain folder of images as a data set: `data.name='folder'`, and in `data.data_dir` one folder a split.
+
+    data_dir/train/<class>/any/depth.jpg    labels are the classes' places among those of all splits, sorted
+    data_dir/train/any.jpg                  no labels
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from mto_jax.data.order import Part, split_range
+from mto_jax.errors import UserError
+
+NAME = 'folder'
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """One split: sorted files, read by path; `data.sources.Source` has what the methods mean.
+
+    Attributes:
+      paths: str (n,).
+      labels: int64 (n,), -1 without classes.
+    """
+
+    paths: np.ndarray
+    labels: np.ndarray
+    random_access = True
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.paths)
+
+    def order(self, part: Part) -> str:
+        del part
+        listing = hashlib.sha256('\n'.join(self.paths).encode()).hexdigest()[:12]
+        return f'random access, {self.num_examples} files, listing {listing}'
+
+    def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
+        def entries():
+            for indices in positions:
+                yield self.paths[indices], self.labels[indices]
+
+        def read(path, label):
+            return {'image': tf.io.read_file(path), 'label': label, 'name': path}
+
+        spec = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64)
+        ds = tf.data.Dataset.from_generator(entries, output_signature=spec).unbatch()
+        return ds.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+    def select(self, positions: Sequence[np.ndarray]) -> tf.data.Dataset:
+        return self.stream(p for p in positions if len(p))
+
+
+def open_folder(root: str, split: str) -> Folder:
+    """The images of one split, or of a slice of it like 'train[:90%]'.
+
+    Raises:
+      UserError: if the folder, the split or its images are missing, or only some images lie in class folders.
+    """
+    splits = _listing(root)
+    found = split_range(split, {name: len(paths) for name, (paths, _) in splits.items()})
+    if not found:
+        raise UserError(
+            f'data: {root} has no split {split!r}; its folders are {", ".join(splits) or "none"} '
+            f'(--config.data.train_split, val_split and test_split name them)'
+        )
+    name, part = found
+    paths, labels = splits[name]
+    if not len(paths[part]):
+        raise UserError(f'data: {split!r} of {root} holds no image ({", ".join(SUFFIXES)})')
+    if (labels == -1).any() and (labels >= 0).any():
+        raise UserError(
+            f'data: {root}/{name} has images both beside and inside class folders, like '
+            f'{paths[labels == -1][0]}; put all into class folders, or none'
+        )
+    return Folder(paths[part], labels[part])
+
+
+@functools.lru_cache(maxsize=4)
+def _listing(root: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{split: sorted paths and their labels}. Listed once a process: a large folder takes a while."""
+    if not tf.io.gfile.isdir(root):
+        raise UserError(f"data.data_dir is {root!r}: no such folder; with data.name='folder' it holds one folder a split")
+    root = root.rstrip('/')
+    found: dict[str, list[tuple[str, str]]] = {}
+    for folder, _, files in tf.io.gfile.walk(root):
+        inside = folder.rstrip('/').removeprefix(root).strip('/').split('/')
+        if inside == ['']:
+            continue
+        images = found.setdefault(inside[0], [])
+        group = inside[1] if len(inside) > 1 else ''
+        images += [(f'{folder.rstrip("/")}/{f}', group) for f in files if f.lower().endswith(SUFFIXES)]
+    classes = sorted({group for images in found.values() for _, group in images if group})
+    number = {'': -1} | {c: i for i, c in enumerate(classes)}
+    return {
+        split: (np.array([p for p, _ in images], object), np.array([number[g] for _, g in images], np.int64))
+        for split, images in ((s, sorted(i)) for s, i in sorted(found.items()))
+    }

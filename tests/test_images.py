@@ -1,0 +1,346 @@
+"""The ImageNet path on photographs: JPEGs of many sizes, in TFDS form and as a plain folder; odd and bad files."""
+
+import io
+import math
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from configs import mae_mto
+from mto_jax import tasks
+from mto_jax.data import check, folder, order, pipeline, sources
+from mto_jax.errors import UserError
+
+PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
+
+
+def psnr(a, b):
+    return 10 * math.log10(255**2 / max(np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2), 1e-9))
+
+
+def photo(index):
+    return Image.fromarray(getattr(skimage.data, PHOTOS[index])())
+
+
+def jpeg(image, **options):
+    out = io.BytesIO()
+    image.save(out, 'JPEG', **options)
+    return out.getvalue()
+
+
+def crops(count, seed=0):
+    """(JPEG bytes, label): parts of the photographs, of ImageNet's sizes and qualities; the label says which one."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        image = photo(i % len(PHOTOS))
+        width, height = rng.integers(240, 400), rng.integers(240, 380)
+        x, y = (rng.integers(0, max(1, size - part)) for size, part in zip(image.size, (width, height), strict=True))
+        yield jpeg(image.crop((x, y, x + width, y + height)), quality=int(rng.integers(70, 96))), i % len(PHOTOS)
+
+
+def write_folder(root):
+    for split, count, seed in (('train', 48, 0), ('validation', 24, 1)):
+        for i, (encoded, label) in enumerate(crops(count, seed)):
+            path = root / split / PHOTOS[label] / f'{i:04}.JPEG'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded)
+
+
+def write_tfds(root, file_format, images):
+    """Encoded bytes go in as they are: {split: [(bytes, label)]}."""
+    features = tfds.features.FeaturesDict(
+        {
+            'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+            'label': tfds.features.ClassLabel(num_classes=4),
+        }
+    )
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name='photos',
+        version='1.0.0',
+        features=features,
+        split_datasets={
+            split: [(i, {'image': io.BytesIO(b), 'label': y}) for i, (b, y) in enumerate(rows)]
+            for split, rows in images.items()
+        },
+        data_dir=root,
+        file_format=file_format,
+        disable_shuffling=True,
+    )
+
+
+def for_photos(c, root, name):
+    d = c.data
+    d.name, d.data_dir, d.num_classes = name, str(root), len(PHOTOS)
+    return c
+
+
+@pytest.fixture(scope='module', params=['folder', 'array_record', 'tfrecord'])
+def photos(request, tmp_path_factory):
+    """(name, root) of one and the same data set in each form."""
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == 'folder':
+        write_folder(root)
+        return 'folder', root
+    write_tfds(root, request.param, {'train': list(crops(48, 0)), 'validation': list(crops(24, 1))})
+    return 'photos', root
+
+
+@pytest.fixture
+def flagship(photos, tmp_path):
+    """configs/mae_mto.py at 224 pixels, shrunk in width, depth and steps alone."""
+    c = for_photos(mae_mto.get_config(), photos[1], photos[0])
+    c.model.width, c.model.depth, c.model.heads = 24, 2, 2
+    c.mae.decoder_width, c.mae.decoder_depth, c.mae.decoder_heads = 16, 2, 2
+    c.batch_size, c.epochs, c.optim.warmup_epochs = 16, 2.0, 1.0
+    c.log_every, c.diagnose_every, c.checkpoints.every = 2, 4, 3
+    c.eval.batch_size, c.eval.linear_steps = 8, 20
+    c.mesh.data, c.allow_cpu = 1, True
+    return c
+
+
+@pytest.mark.parametrize('photos', ['folder', 'array_record'], indirect=True)
+def test_from_jpegs_to_a_probe(flagship, tmp_path):
+    """Pre-training stopped half-way and resumed ends bitwise as the uninterrupted one; then the probes."""
+    from mto_jax.trainer import pretrain
+
+    whole = pretrain(flagship, tmp_path / 'whole')
+    assert int(whole.step) == 6
+
+    class Stop(Exception):
+        pass
+
+    def until(step):
+        real = pipeline.Prefetch.__next__
+        seen = []
+
+        def broken(self):
+            seen.append(1)
+            if len(seen) > step:
+                raise Stop
+            return real(self)
+
+        return broken
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(pipeline.Prefetch, '__next__', until(4))
+        with pytest.raises(Stop):
+            pretrain(flagship, tmp_path / 'part')
+    resumed = pretrain(flagship, tmp_path / 'part')
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+    for task in ('knn', 'linear'):
+        flagship.task, flagship.checkpoint = task, str(tmp_path / 'part')
+        flagship.eval.knn_k = (1, 5)
+        found = tasks.run(flagship, tmp_path / task)
+        # Four photographs, each part of one: even an untrained encoder tells them apart.
+        assert found['knn_1' if task == 'knn' else 'linear'] > 0.5
+
+
+def test_the_forms_hold_the_same(photos, tmp_path):
+    """The folder's examples, in the order of its paths, are those that were written."""
+    c = for_photos(mae_mto.get_config(), photos[1], photos[0])
+    source = sources.open_source(c.data, 'train')
+    assert source.num_examples == 48
+    seen = list(source.select([np.arange(48)]).as_numpy_iterator())
+    expected = sorted(crops(48, 0), key=lambda e: e[1]) if photos[0] == 'folder' else list(crops(48, 0))
+    assert [(e['image'], e['label']) for e in seen] == expected
+    assert len({e['name'] for e in seen}) == 48
+
+
+@pytest.mark.parametrize('index', range(4))
+def test_crops_against_pil(index):
+    """Window, antialiased bicubic resize and both evaluation resizes against PIL: a PSNR of at least 44 dB."""
+    c = mae_mto.get_config()
+    image = photo(index)
+    encoded = io.BytesIO()
+    image.save(encoded, 'PNG')
+    encoded = encoded.getvalue()
+    for i in range(3):
+        seed = tf.constant([index, i], tf.int64)
+        y, x, h, w = pipeline.crop_window(image.height, image.width, seed, c.data.crop_area, c.data.crop_aspect).numpy()
+        ours = pipeline.train_image(encoded, seed, c.data).numpy()
+        assert psnr(ours, image.crop((x, y, x + w, y + h)).resize((224, 224), Image.BICUBIC)) > 44
+    scale = 256 / min(image.size)
+    size = [round(n * scale) for n in image.size]
+    x, y = (size[0] - 224) // 2, (size[1] - 224) // 2
+    theirs = image.resize(size, Image.BICUBIC).crop((x, y, x + 224, y + 224))
+    assert psnr(pipeline.eval_image(encoded, c.data).numpy(), theirs) > 44
+
+
+def png(image):
+    out = io.BytesIO()
+    image.save(out, 'PNG')
+    return out.getvalue()
+
+
+def odd_images():
+    """{name: (bytes, what PIL sees in RGB)}: files that data sets really hold."""
+    base = photo(1).resize((120, 90))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    deep = (np.asarray(base.convert('L'), np.uint16) * 257).astype(np.uint16)
+    found = {
+        'grey.jpg': jpeg(base.convert('L'), quality=95),
+        'palette.png': png(base.convert('P')),
+        'cmyk.jpg': jpeg(base.convert('CMYK'), quality=95),
+        'deep.png': png(Image.fromarray(deep)),
+        'alpha.png': png(base.convert('RGBA')),
+        'dot.png': png(base.resize((1, 1))),
+        'wide.jpg': jpeg(base.resize((3000, 4)), quality=95),
+        'turned.jpg': jpeg(base, quality=95, exif=rotated),
+        'progressive.jpg': jpeg(base, quality=95, progressive=True),
+        'png_inside.jpg': png(base),
+    }
+    deep_rgb = Image.fromarray(np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, -1))
+    seen = {n: Image.open(io.BytesIO(b)).convert('RGB') for n, b in found.items()} | {'deep.png': deep_rgb}
+    return {n: (b, seen[n]) for n, b in found.items()}
+
+
+def bad_images():
+    whole = jpeg(photo(2).resize((300, 200)), quality=90)
+    return {
+        'cut.jpg': whole[: len(whole) // 3],
+        'empty.jpg': b'',
+        'text.jpg': b'not an image',
+        'cut.png': png(photo(1))[:5000],
+    }
+
+
+@pytest.mark.parametrize('name', list(odd_images()))
+def test_odd_images_decode_as_pil_sees_them(name):
+    """Grey, palette, CMYK, 16 bits, alpha, one pixel, very wide, progressive; orientation is ignored, as by PIL."""
+    encoded, seen = odd_images()[name]
+    c = mae_mto.get_config()
+    ours = pipeline.decode(encoded, 3).numpy()
+    assert ours.shape == (seen.height, seen.width, 3)
+    assert psnr(ours, seen) > 30
+    for i in range(5):
+        assert pipeline.train_image(encoded, tf.constant([0, i], tf.int64), c.data).shape == (224, 224, 3)
+    assert pipeline.eval_image(encoded, c.data).shape == (224, 224, 3)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """(config.data, names of the bad): a folder without classes, half good, half odd, four bad."""
+    root = tmp_path / 'mixed'
+    (root / 'train').mkdir(parents=True)
+    files = {n: b for n, (b, _) in odd_images().items()} | bad_images()
+    files |= {f'good{i:02}.jpg': b for i, (b, _) in enumerate(crops(10))}
+    for name, content in files.items():
+        (root / 'train' / name).write_bytes(content)
+    (root / 'train' / 'README.txt').write_text('not an image')
+    c = for_photos(mae_mto.get_config(), root, 'folder')
+    c.data.val_split = c.data.test_split = 'train'
+    c.data.image_size = (32, 48)
+    return c.data, sorted(bad_images())
+
+
+def test_a_bad_image_is_named(mixed):
+    data, bad = mixed
+    source = sources.open_source(data, 'train')
+    assert source.num_examples == 24
+    with pytest.raises(UserError, match='cannot decode .*/(' + '|'.join(bad) + '): .*--check'):
+        list(pipeline.train_batches(source, data, 8, 0, 0, 3))
+    with pytest.raises(UserError, match='cannot decode'):
+        list(pipeline.eval_batches(source, data, 8))
+
+
+def test_bad_images_are_replaced_the_same_way_everywhere(mixed, capfd):
+    """Wherever the iterator starts, and whichever process reads them, a step has the same images; all are counted."""
+    data, bad = mixed
+    data.on_error = 'replace'
+    source = sources.open_source(data, 'train')
+    whole = list(pipeline.train_batches(source, data, 8, 0, 0, 3))
+    assert all(len(b['label']) == 8 for b in whole)
+    shown = capfd.readouterr().err
+    for name in bad:
+        assert f'/{name}: ' in shown
+    for a, b in zip(whole[2:], pipeline.train_batches(source, data, 8, 0, 2, 3), strict=True):
+        np.testing.assert_array_equal(a['image'], b['image'])
+    for share in range(2):
+        part = order.Part(np.arange(8)[share::2], share, 2)
+        for a, b in zip(whole, pipeline.train_batches(source, data, 8, 0, 0, 3, part), strict=True):
+            np.testing.assert_array_equal(a['image'][part.rows], b['image'])
+    evaluated = list(pipeline.eval_batches(source, data, 8))
+    valid = np.concatenate([b['valid'] for b in evaluated])
+    assert len(valid) == 24
+    names = [p.rsplit('/', 1)[1] for p in source.paths]
+    assert sorted(n for n, v in zip(names, valid, strict=True) if not v) == bad
+
+
+def test_check_lists_what_is_bad(mixed, tmp_path, capsys):
+    data, bad = mixed
+    c = for_photos(mae_mto.get_config(), data.data_dir, 'folder')
+    c.task, c.data.val_split, c.data.test_split = 'check', 'train', 'train'
+    with pytest.raises(UserError, match='4 images cannot be decoded'):
+        tasks.run(c, tmp_path / 'w')
+    lines = (tmp_path / 'w' / 'unreadable.txt').read_text().splitlines()
+    assert sorted(line.split(': ')[0].rsplit('/', 1)[1] for line in lines) == bad
+    assert 'train: 24 images, 4 of them' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('file_format', ['array_record', 'tfrecord'])
+def test_bad_images_in_tfds(tmp_path, file_format):
+    """Named by their place; replaced where the format has random access, else refused before anything is read."""
+    rows = list(crops(6)) + [(b, 0) for b in bad_images().values()] + list(crops(6, 1))
+    write_tfds(tmp_path, file_format, {'train': rows})
+    data = for_photos(mae_mto.get_config(), tmp_path, 'photos').data
+    data.val_split = data.test_split = 'train'
+    data.image_size = (32, 32)
+    source = sources.open_source(data, 'train')
+    assert [line.split(':')[0] for line in check.unreadable(source, data)] == [
+        f'example train[{i}]' for i in range(6, 10)
+    ]
+    with pytest.raises(UserError, match=r'train\[\d+\]' if file_format == 'array_record' else 'photos-train'):
+        list(pipeline.train_batches(source, data, 8, 0, 0, 2))
+    data.on_error = 'replace'
+    if file_format == 'tfrecord':
+        with pytest.raises(UserError, match=r'random access.*tfrecord'):
+            sources.open_source(data, 'train')
+        return
+    assert len(list(pipeline.train_batches(source, data, 8, 0, 0, 2))) == 2
+
+
+def test_nothing_decodes(tmp_path):
+    (tmp_path / 'train').mkdir()
+    for i in range(3):
+        (tmp_path / 'train' / f'{i}.jpg').write_bytes(b'no')
+    data = for_photos(mae_mto.get_config(), tmp_path, 'folder').data
+    data.on_error = 'replace'
+    with pytest.raises(UserError, match='not one image can be decoded'):
+        list(pipeline.train_batches(sources.open_source(data, 'train'), data, 2, 0, 0, 1))
+
+
+def test_folder_labels_and_slices(tmp_path):
+    """Classes are numbered over all splits; deeper folders belong to theirs; another listing is another order."""
+    one = jpeg(photo(0).resize((20, 20)))
+    for path in ('train/b/1.jpg', 'train/a/deep/2.JPG', 'val/c/3.jpeg', 'train/b/0.png', 'train/b/notes.txt'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(one)
+    train = folder.open_folder(str(tmp_path), 'train')
+    assert [p.removeprefix(f'{tmp_path}/') for p in train.paths] == [
+        'train/a/deep/2.JPG',
+        'train/b/0.png',
+        'train/b/1.jpg',
+    ]
+    assert train.labels.tolist() == [0, 1, 1]
+    assert folder.open_folder(str(tmp_path), 'val').labels.tolist() == [2]
+    assert folder.open_folder(str(tmp_path), 'train[1:]').paths.tolist() == train.paths.tolist()[1:]
+    assert train.order(None) != folder.open_folder(str(tmp_path), 'train[1:]').order(None)
+    for split, word in (('test', 'folders are train, val'), ('train[3:]', 'holds no image')):
+        with pytest.raises(UserError, match=word):
+            folder.open_folder(str(tmp_path), split)
+
+
+def test_folder_with_stray_images(tmp_path):
+    for path in ('train/b/1.jpg', 'train/2.jpg'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b'')
+    with pytest.raises(UserError, match=r'both beside and inside class folders, like .*/train/2\.jpg'):
+        folder.open_folder(str(tmp_path), 'train')
+    with pytest.raises(UserError, match='no such folder'):
+        folder.open_folder(str(tmp_path / 'none'), 'train')
