@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mto_jax import methods, objective, optim, parallel, schedules, train_state
+from mto_jax import methods, objective, optim, parallel, rules, schedules, train_state
 from mto_jax.data import order
 from mto_jax.errors import UserError
 from mto_jax.train_state import Meter, TrainState
@@ -63,6 +63,7 @@ def prepare(config, num_examples: int) -> Job:
     Raises:
       UserError: for a bad config.
     """
+    rules.check(config)
     try:
         method = methods.build(config)
     except ValueError as e:

@@ -84,7 +84,7 @@ class Settings:
             if getattr(self, field) < 0:
                 raise ValueError(f'mto.{field} is {getattr(self, field)}; it must not be negative')
         if not 0 <= self.warmup < 1:
-            raise ValueError(f'mto.warmup is {self.warmup}; it is a share of the training, in [0, 1)')
+            raise ValueError(f'mto.warmup is {self.warmup}; it must be a share of the training, in [0, 1)')
         for field in ('exclude_blocks', 'initial_blocks'):
             if getattr(self, field) < -1:
                 raise ValueError(f'mto.{field} is {getattr(self, field)}; it must be -1, 0 or a count')

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import compare, hosts, trainer
+from mto_jax import compare, hosts, rules, trainer
 from mto_jax.analysis import report
 from mto_jax.data import check
 from mto_jax.errors import UserError
@@ -30,6 +30,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
     """
     if config.task not in TASKS:
         raise UserError(f'task is {config.task!r}; it must be one of {", ".join(TASKS)}')
+    rules.check(config)
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     hosts.start(config.hosts)

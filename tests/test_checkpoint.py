@@ -219,7 +219,8 @@ def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
         plots.curves(place / 'curves.png', {'a': history})
     assert [r['loss'] for r in history] == [2.0, 1.0]
     assert (tmp_path / 'runs' / 'a' / 'curves.png').read_bytes().startswith(b'\x89PNG')
-    assert sorted(p.name for p in (tmp_path / 'runs' / 'a').iterdir()) == ['config.json', 'curves.png', 'metrics.jsonl']
+    names = ['config.json', 'curves.png', 'environment.json', 'metrics.jsonl']
+    assert sorted(p.name for p in (tmp_path / 'runs' / 'a').iterdir()) == names
     with pytest.raises(UserError, match='seed: 1 there, 2 now'), workdir.hold(place, {'seed': 2}, {}, False):
         pass
     (tmp_path / 'runs' / 'a' / 'checkpoints' / '12').mkdir(parents=True)

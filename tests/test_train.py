@@ -159,27 +159,6 @@ def test_multistep_schedule_by_hand(config):
     assert float(f(31)) == pytest.approx(1e-4)
 
 
-@pytest.mark.parametrize(
-    ('path', 'value', 'word'),
-    [
-        ('optim.schedule', 'x', 'optim.schedule'),
-        ('optim.warmup_epochs', 99.0, 'optim.warmup_epochs'),
-        ('batch_size', 0, 'batch_size'),
-        ('accumulate', 5, 'accumulate'),
-        ('mesh.data', 99, 'mesh.data'),
-        ('eval.features', 'x', 'eval.features'),
-        ('eval.depth', 7, 'eval.depth'),
-        ('data.crop', 'x', 'data.crop'),
-        ('task', 'x', 'task'),
-        ('mask_ratio', 1.5, 'mask_ratio'),
-    ],
-)
-def test_bad_config_stops_before_training(config, tmp_path, path, value, word):
-    config.update_from_flattened_dict({path: value})
-    with pytest.raises(UserError, match=word):
-        tasks.run(config, tmp_path / 'run')
-
-
 @pytest.mark.parametrize('devices', [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_resume_is_bitwise(config, tmp_path, devices):
     """Stopped after a checkpoint in the middle of an epoch, by deleting what came later, and started again."""
@@ -318,6 +297,21 @@ def test_probe_configs_read_a_checkpoint(config, tmp_path):
     c.checkpoint = str(tmp_path / 'nothing')
     with pytest.raises(UserError, match='no checkpoint there'):
         tasks.run(c, tmp_path / 'x')
+
+
+def test_a_method_of_ones_own(config, tmp_path):
+    """tests/toy_method.py, named by `config.method`: it learns with MTO, resumes bitwise and is probed."""
+    config.method = 'tests.toy_method'
+    config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
+    config.epochs, config.optim.base_lr, config.optim.warmup_epochs = 4.0, 1e-2, 1.0
+    whole = trainer.pretrain(config, tmp_path / 'whole')
+    colour = [r['colour'] for r in read_history(tmp_path / 'whole') if 'colour' in r]
+    assert colour[-1] < 0.9 * colour[0]
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
+    shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '16')
+    assert same(whole, trainer.pretrain(config, tmp_path / 'part'))
+    config.task, config.checkpoint = 'knn', str(tmp_path / 'part')
+    assert 0.05 < tasks.run(config, tmp_path / 'knn')['knn_20'] <= 1
 
 
 def test_quickstart_config_compares(tmp_path):

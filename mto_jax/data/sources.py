@@ -133,8 +133,6 @@ def open_source(data, split: str) -> Source:
     Raises:
       UserError: if the data set or the split is missing or has no images, saying how to get it.
     """
-    if data.on_error not in ('raise', 'replace'):
-        raise UserError(f'data.on_error is {data.on_error!r}; it must be raise or replace')
     if data.name == folder.NAME:
         return folder.open_folder(data.data_dir, split)
     source = _open_tfds(data, split)

@@ -73,9 +73,14 @@ class Architecture:
     def __post_init__(self):
         for side, pixels in zip(('height', 'width'), self.image_size, strict=True):
             if pixels % self.patch_size:
-                raise ValueError(f'image {side} {pixels} does not divide by model.patch_size {self.patch_size}')
+                raise ValueError(
+                    f'data.image_size: {side} {pixels} does not divide by model.patch_size {self.patch_size}'
+                )
         if self.width % self.heads:
-            raise ValueError(f'model width {self.width} does not divide by {self.heads} heads')
+            raise ValueError(
+                f'width {self.width} does not divide by {self.heads} heads (model.width and model.heads, or '
+                'mae.decoder_width and mae.decoder_heads)'
+            )
         for name, value, allowed in (
             ('position', self.position, ('sincos', 'learned', 'none')),
             ('init', self.init, ('mae', 'beit')),

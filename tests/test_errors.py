@@ -1,0 +1,152 @@
+"""Bad input, a line each: what is given, and what the message must say. Nothing may have been trained or written."""
+
+import pytest
+
+from configs import base, mae, mae_mto, quickstart, simmim, simmim_mto
+from configs import report as report_config
+from mto_jax import rules, tasks, trainer
+from mto_jax.errors import UserError
+
+
+@pytest.fixture
+def fails(config, tmp_path, monkeypatch):
+    """Runs the changed config and returns the message."""
+
+    def reached(*_):
+        raise AssertionError('it began to train')
+
+    monkeypatch.setattr(trainer, '_train', reached)
+    config.mto.enabled, config.mto.w_r, config.mto.initial_blocks = True, 0.1, 1
+
+    def run(changes):
+        config.update_from_flattened_dict(changes)
+        with pytest.raises(UserError) as e:
+            tasks.run(config, tmp_path / 'w')
+        assert not list((tmp_path / 'w').glob('*'))
+        return str(e.value)
+
+    return run
+
+
+ALONE = {
+    'seed': -1,
+    'data.image_size': (28,),
+    'data.channels': 0,
+    'data.num_classes': 0,
+    'data.crop': 'centre',
+    'data.crop_area': (0.5, 0.2),
+    'data.crop_aspect': (2.0, 1.0),
+    'data.eval_resize': -1,
+    'data.mean': (0.1, 0.2),
+    'data.std': (0.0,),
+    'data.shuffle_buffer': 0,
+    'data.on_error': 'ignore',
+    'data.threads': -1,
+    'model.depth': -1,
+    'model.patch_size': 0,
+    'model.mlp_ratio': 0.0,
+    'model.layer_scale': -1.0,
+    'model.drop_path': 1.5,
+    'model.size': 'xxl',
+    'model.position': 'rotary',
+    'model.init': 'zeros',
+    'model.qkv_bias': 'kq',
+    'model.dtype': 'float8',
+    'model.attention': 'flash',
+    'mask_ratio': 1.0,
+    'mae.decoder_depth': 0,
+    'simmim.mask_unit': 0,
+    'mto.recalibration': 'soft',
+    'mto.rows': 'some',
+    'mto.affinity': 'cosine',
+    'mto.measure': 'variance',
+    'mto.margin': -0.5,
+    'mto.warmup': 2.0,
+    'mto.w_e': -1.0,
+    'mto.blocks': (7,),
+    'mto.initial_blocks': 9,
+    'batch_size': 0,
+    'accumulate': 0,
+    'epochs': 0.0,
+    'optim.base_lr': -1.0,
+    'optim.b1': 1.0,
+    'optim.b2': 1.5,
+    'optim.eps': 0.0,
+    'optim.weight_decay': -0.1,
+    'optim.clip_norm': -1.0,
+    'optim.lr_reference': 0,
+    'optim.schedule': 'step',
+    'optim.layer_decay': 0.0,
+    'optim.warmup_epochs': 9.0,
+    'log_every': 0,
+    'diagnose_every': -1,
+    'log_images': 0,
+    'checkpoints.keep': 0,
+    'checkpoints.every': -1,
+    'eval.features': 'max',
+    'eval.depth': 9,
+    'eval.batch_size': 0,
+    'eval.knn_k': (),
+    'eval.knn_temperature': 0.0,
+    'eval.linear_l2': (),
+    'eval.every_epochs': -1.0,
+    'finetune.label_share': 2.0,
+    'hosts.coordinator': 'somewhere',
+    'hosts.timeout': -1.0,
+    'task': 'train',
+    'method': 'maes',
+}
+
+
+@pytest.mark.parametrize(('field', 'value'), ALONE.items(), ids=ALONE)
+def test_a_field_by_itself(fails, field, value):
+    """The message names the field and the value, and says what it may be."""
+    text = fails({field: value})
+    assert text.startswith(field) or f'{field} ' in text
+    assert repr(value).strip('()').rstrip(',') in text or field == 'data.mean'
+    assert 'must' in text or 'has' in text or 'use ' in text or 'stack' in text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'model.heads': 3}, 'model.width and model.heads'),
+        ({'mae.decoder_heads': 3}, 'mae.decoder_width and mae.decoder_heads'),
+        ({'model.patch_size': 5}, 'data.image_size: height 28'),
+        ({'method': 'simmim', 'simmim.mask_unit': 3}, 'simmim.mask_unit'),
+        ({'mto.w_r': 1.0, 'mto.blocks': (0,)}, 'mto.w_r'),
+        ({'mto.recalibration': 'exclude', 'mto.exclude_blocks': 5}, 'mto.exclude_blocks is 5'),
+        ({'eval.features': 'class', 'model.class_token': False}, 'model.class_token'),
+        ({'batch_size': 131}, '1 to 130'),
+        ({'accumulate': 3}, 'accumulate'),
+        ({'eval.batch_size': 30, 'mesh.data': 4}, 'eval.batch_size is 30'),
+        ({'mesh.data': 3}, 'batch_size is 32'),
+        ({'mesh.data': -1, 'mesh.fsdp': -1}, 'mesh'),
+        ({'mesh.data': 5, 'mesh.fsdp': 2}, '8 cpu device'),
+        ({'mesh.tensor': 3}, 'mesh.tensor is 3'),
+        ({'allow_cpu': False}, 'allow_cpu'),
+        ({'hosts.coordinator': 'here:1234', 'hosts.count': 2, 'hosts.index': 2}, 'hosts.index is 2'),
+        ({'data.name': 'no_such_data'}, 'data.name'),
+        ({'data.name': 'imagenet2012'}, 'ILSVRC2012_img_train.tar'),
+        ({'data.name': '', 'data.data_dir': '/no/where'}, 'dataset_info.json'),
+        ({'data.name': 'folder', 'data.data_dir': '/no/where'}, 'no such folder'),
+        ({'data.train_split': 'training'}, 'it has train, test'),
+        ({'data.val_split': 'val'}, 'it has train, test'),
+        ({'data.train_split': 'train[:0]'}, 'empty'),
+        ({'task': 'knn'}, 'checkpoint is'),
+        ({'task': 'linear', 'checkpoint': '/no/where'}, 'checkpoint is'),
+        ({'task': 'report'}, 'report.runs'),
+        ({'task': 'report', 'report.runs': '/no/where'}, 'config.json'),
+    ],
+)
+def test_fields_and_surroundings(fails, changes, words):
+    assert words in fails(changes)
+
+
+@pytest.mark.parametrize('field', ['data.crop', 'model.dtype', 'optim.b1', 'finetune.optim.b1', 'eval.knn_k'])
+def test_rules_hold_for_the_shipped_configs(field):
+    """None of them breaks one; every rule is about a field that exists."""
+    assert field in rules.RULES
+    for c in (base, mae, simmim, mae_mto, simmim_mto, quickstart, report_config):
+        rules.check(c.get_config())
