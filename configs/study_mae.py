@@ -4,7 +4,7 @@ python -m mto_jax.study --config=configs/study_mae.py:explore
 """
 
 from configs import base, quickstart
-from configs.study_simmim import for_study, mto, mto_variants, rates_and_decays, stage, with_rate
+from configs.study_simmim import for_study, mto, mto_variants, rate, rates_and_decays, stage, with_rate
 
 
 def prototype():
@@ -46,5 +46,19 @@ def explore(c):
     return c
 
 
+def refine(c):
+    """The best of `explore` on the baseline that `tune` found better, which hides fewer patches."""
+    c.mask_ratio = 0.6
+    kept = ('baseline', 'exclude 1', 'e r', 'ramp, e r', 'far token')
+    both = {'w_e': 0.1, 'w_r': 1.0, 'initial_blocks': 1}
+    c.study.variants = {n: v for n, v in mto_variants().items() if n in kept} | {
+        'rate 1e-3': {'optim': rate(c, 1e-3)},
+        'ramp, all rows': mto(recalibration='ramp', rows='all'),
+        'ramp, all rows, e r': mto(**both, recalibration='ramp', rows='all'),
+    }
+    c.study.seeds = (0, 1)
+    return c
+
+
 def get_config(argument: str):
-    return stage(argument, {'tune': tune, 'explore': explore}, prototype())
+    return stage(argument, {'tune': tune, 'explore': explore, 'refine': refine}, prototype())

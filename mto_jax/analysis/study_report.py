@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mto_jax import study
 from mto_jax.analysis import speed
@@ -197,6 +198,7 @@ def _plot_variants(table: Table, path: Path) -> None:
             axis.plot(gain, [row] * len(gain), 'o', color='C0', markersize=3, alpha=0.5)
             axis.plot(gain.mean(), row, 'D', color='C1', markersize=5)
         axis.axvline(0, color='0.4', linewidth=1)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.set_title(f'{METRICS.get(metric, "reconstruction loss")}, minus {base}', fontsize=10)
         axis.set_yticks(range(len(others)), others, fontsize=8)
         axis.grid(alpha=0.3)
