@@ -192,6 +192,7 @@ def fingerprint(config: ConfigDict) -> str:
         fields.pop(name)
     fields['study'] = {k: fields['study'][k] for k in ('evaluations', 'split')}
     fields['data']['data_dir'] = ''
+    del fields['data']['on_error']  # images in memory are decoded
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
