@@ -13,7 +13,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, methods, objective, optim, parallel, schedules, tasks, train_state, trainer
+from mto_jax import checkpoint, methods, objective, optim, schedules, tasks, train_state, trainer
 from mto_jax.errors import UserError
 from mto_jax.metrics import read_history
 from mto_jax.models import vit
