@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
         write(workdir / 'results.md', text)
         folders = [p for p in sorted(workdir.glob('seed*/*')) if p.is_dir()]
         plots.curves(workdir / 'curves.png', {f'{p.parent.name}/{p.name}': read_history(p) for p in folders})
-        report.write_report(workdir, folders, results)
+        report.finish(workdir, folders, results)
     say('\n' + text)
     say(f'table: {workdir}/results.md, curves: {workdir}/curves.png, pictures of each run: {workdir}/seed*/*')
     return results

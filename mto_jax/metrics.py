@@ -60,12 +60,14 @@ def read_history(workdir: epath.Path) -> list[dict[str, float]]:
       UserError: for a line that is not one.
     """
     path, rows = workdir / 'metrics.jsonl', []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line)
-            row['step'] + 0
+            if not all(isinstance(v, int | float) for v in (row['step'], *row.values())):
+                raise ValueError
         except (ValueError, TypeError, KeyError):
-            raise UserError(f'{path} is damaged in line {number}: {line[:60]!r}; delete that line to go on') from None
+            shown = line[:60].decode(errors='replace')
+            raise UserError(f'{path} is damaged in line {number}: {shown!r}; delete that line to go on') from None
         rows.append(row)
     return rows
 

@@ -135,7 +135,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         history = read_history(workdir)
         plots.curves(workdir / 'curves.png', {workdir.name: history})
         plots.per_block(workdir / 'heterogeneity.png', history)
-        report.write_report(workdir, [workdir])
+        report.finish(workdir, [workdir])
     say(f'pictures and metrics: {workdir}, checkpoint: {saver.directory / str(total)}')
     return state
 

@@ -84,7 +84,10 @@ def hold(
 def read_json(path: epath.Path) -> dict[str, Any]:
     """A file that this module wrote; raises UserError where it is damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError('not a JSON object')
+        return found
     except ValueError as e:
         raise UserError(
             f'{path} is damaged ({e}); restore it, or delete it to go on with the config given now'

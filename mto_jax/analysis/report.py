@@ -3,88 +3,22 @@
 python main.py --config=configs/report.py --config.report.runs=runs/a,runs/b --workdir=runs/a_and_b
 """
 
-import base64
 import html
-import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mto_jax.analysis import page
 from mto_jax.analysis.plots import BLOCK_TERMS
+from mto_jax.analysis.runs import LOSSES, MEASURED, Run, best, load, losses, probes, terms
 from mto_jax.errors import UserError
 from mto_jax.hosts import flatten
-from mto_jax.metrics import read_history, say
-from mto_jax.workdir import read_json, write
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --dim: #777; --back: #fff; --text: #222; }
-@media (prefers-color-scheme: dark) { :root { --back: #16181c; --text: #ddd; --dim: #999; } }
-body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 1500px; padding: 1rem 1.2rem 4rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .6rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-p, figcaption { color: var(--dim); max-width: 75ch; margin: .3rem 0; }
-figcaption { font-size: .85rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 1rem 1.4rem; }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 560px), 1fr)); }
-figure { margin: 0; min-width: 0; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.grid img { width: 100%; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-td, th { border-bottom: 1px solid var(--line); padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }
-th { font-weight: 600; }
-summary { cursor: pointer; margin: .8rem 0; }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
-"""
-COLOURS = ('#3f7fd0', '#e07b28', '#4a9e4a', '#c94f4f', '#8d6cc0', '#8a6a50', '#d077b4', '#5aa9b5')
-LEARNT = ('linear', 'knn_')  # accuracies, of which the highest is marked
-
-
-class Run:
-    """What a workdir holds of a training.
-
-    Attributes:
-      name: of its folder.
-      config: {dotted field: value}.
-      rows: of `metrics.jsonl`, ascending in step.
-      about: {dotted name: value} of its code, versions and devices.
-      picture: PNG of the reconstructions, or None.
-    """
-
-    def __init__(self, folder: epath.Path):
-        if not (folder / 'config.json').exists():
-            raise UserError(f'report: {folder} holds no training, for it has no config.json')
-        self.rows = read_history(folder)
-        if not self.rows:
-            raise UserError(f'report: {folder} has no metrics.jsonl yet; it is written at the first save')
-        self.name = folder.name
-        self.config = flatten(read_json(folder / 'config.json'))
-        about, picture = folder / 'environment.json', folder / 'reconstructions.png'
-        self.about = flatten(read_json(about)) if about.exists() else {}
-        self.picture = picture.read_bytes() if picture.exists() else None
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a logged term."""
-        rows = [r for r in self.rows if name in r]
-        return [int(r['step']) for r in rows], [r[name] for r in rows]
-
-    def last(self, name: str) -> float | None:
-        """The newest value of a logged term."""
-        values = self.series(name)[1]
-        return values[-1] if values else None
-
-    def blocks(self, term: str) -> tuple[list[int], np.ndarray]:
-        """Steps (n,), and a diagnosed term over them and the blocks, float (n, blocks)."""
-        rows = [r for r in self.rows if f'block/{term}/0' in r]
-        depth = sum(k.startswith(f'block/{term}/') for k in rows[0]) if rows else 0
-        values = [[r.get(f'block/{term}/{i}', np.nan) for i in range(depth)] for r in rows]
-        return [int(r['step']) for r in rows], np.array(values).reshape(len(rows), depth)
+from mto_jax.metrics import say
+from mto_jax.workdir import write
 
 
 def run(config, workdir: epath.Path) -> epath.Path:
@@ -95,6 +29,14 @@ def run(config, workdir: epath.Path) -> epath.Path:
     return write_report(epath.Path(workdir), folders)
 
 
+def finish(workdir: epath.Path, folders: Sequence[epath.Path], accuracies: Mapping | None = None) -> None:
+    """`write_report` at the end of a job that is complete without it: what goes wrong is said, not raised."""
+    try:
+        write_report(workdir, folders, accuracies)
+    except Exception as e:  # whatever it is, what was trained is saved and stands
+        say(f'no report.html was written, everything else is there: {type(e).__name__}: {e}')
+
+
 def write_report(workdir: epath.Path, folders: Sequence[epath.Path], accuracies: Mapping | None = None) -> epath.Path:
     """Write `<workdir>/report.html` about one or more runs; returns its path.
 
@@ -102,204 +44,224 @@ def write_report(workdir: epath.Path, folders: Sequence[epath.Path], accuracies:
       accuracies: of probes on the test split, {label: one dict of shares a seed}, as `compare` measures them.
 
     Raises:
-      UserError: if a folder holds no training or a file of it is damaged.
+      UserError: if a folder holds no training, a file of it is damaged, or the page cannot be written.
     """
-    runs = [Run(epath.Path(f)) for f in folders]
-    if len({r.name for r in runs}) < len(runs):
-        for r, folder in zip(runs, folders, strict=True):
-            r.name = f'{epath.Path(folder).parent.name}/{r.name}'
-    path = workdir / 'report.html'
-    write(path, page(runs, accuracies or {}))
+    folders = [epath.Path(f) for f in folders]
+    text = _page(load(folders), accuracies or {})
+    path = epath.Path(workdir) / 'report.html'
+    try:
+        write(path, text)
+    except OSError as e:
+        raise UserError(f'report: {path} cannot be written: {e.strerror or e}') from None
     say(f'report: {path}')
     return path
 
 
-def page(runs: Sequence[Run], accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The whole document."""
-    title = ' | '.join(r.name for r in runs)
-    sections = [
-        f'<h1>{html.escape(title)}</h1>',
-        _summary(runs),
-        _accuracies(accuracies),
-        _curves(runs),
-        _heterogeneity(runs),
-        _pictures(runs),
-        _settings(runs),
-    ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{"".join(sections)}</body></html>'
-    )
+def _page(runs, accuracies):
+    sections = {
+        'Summary': _summary(runs),
+        'Test accuracy': _accuracies(accuracies),
+        'Losses': _curves(runs, losses(runs)),
+        'Probes over steps': _curves(runs, probes(runs)),
+        'Optimisation and speed': _curves(runs, [n for n in MEASURED if n in terms(runs)]),
+        'Reconstructions': _pictures(runs),
+        'Heterogeneity': _heterogeneity(runs),
+        'Config': _config(runs),
+        'Environment': _compared(runs, lambda r: r.about, 'code (its hash), versions and devices'),
+    }
+    parts = [f'<h2>{title}</h2>{text}' for title, text in sections.items() if text]
+    title = ' | '.join(r.name for r in runs) if len(runs) < 5 else f'{len(runs)} trainings'
+    return page.document(title, [f'<p>{html.escape(_headline(runs))}</p>', *parts])
+
+
+def _headline(runs):
+    if len(runs) > 1:
+        differing = [n for n, *_ in _differing(runs, lambda r: r.config)]
+        more = f' and {len(differing) - 8} more fields' if len(differing) > 8 else ''
+        return f'They differ in {", ".join(differing[:8]) or "no field"}{more}.'
+    r = runs[0]
+    found = [f'{n} {r.last(n):.4g}' for n in (*losses(runs)[:2], *probes(runs)[-1:])]
+    mto = 'with MTO' if r.field('mto.enabled') else 'without MTO'
+    return f'{r.field("method")} {mto}, {_model(r)}, on {_data(r)}: {", ".join([_steps(r), *found, _speed(r)])}.'
 
 
 def _summary(runs):
-    def steps(r):
-        last = int(r.rows[-1]['step'])
-        epoch = r.last('epoch')
-        return f'{last:,}' + (f' (epoch {epoch:.4g} of {r.config["epochs"]:g})' if epoch is not None else '')
-
-    def mto(r):
-        if not r.config['mto.enabled']:
-            return 'off'
-        losses = [f'{w} {r.config[f"mto.{w}"]:g}' for w in ('w_spa', 'w_e', 'w_r') if r.config[f'mto.{w}']]
-        return ', '.join([f'recalibration {r.config["mto.recalibration"]}', *losses])
-
-    def speed(r):
-        values = r.series('images_per_s')[1]
-        return f'{np.median(values):,.0f}' if values else ''
-
     facts = {
-        'method': lambda r: r.config['method'],
-        'MTO': mto,
-        'data': lambda r: f'{r.config["data.name"] or r.config["data.data_dir"]} {r.config["data.train_split"]}',
-        'steps': steps,
-        'batch': lambda r: str(r.config['batch_size']),
-        'seed': lambda r: str(r.config['seed']),
+        'method': lambda r: r.field('method'),
+        'MTO': _mto,
+        'model': _model,
+        'data': _data,
+        'steps': _steps,
+        'batch': lambda r: r.field('batch_size'),
+        'seed': lambda r: r.field('seed'),
         'devices': lambda r: f'{r.about.get("devices.kind", "")}, {r.about.get("devices.mesh", "")}'.strip(', '),
-        'images a second (median)': speed,
+        'speed, median': _speed,
     }
-    rows = [[name, *map(fact, runs)] for name, fact in facts.items()]
-    rows = [r for r in rows if any(r[1:])]
-    for term in _terms(runs):
-        if term.startswith(('loss', 'reconstruction', 'mto_', 'val_')):
-            values = [r.last(term) for r in runs]
-            rows.append([f'{term}, last', *_marked(values, term.startswith('val_'))])
-    heads = ['', *(_key(i) + html.escape(r.name) for i, r in enumerate(runs))]
-    return '<h2>Summary</h2>' + _table(heads, [[html.escape(r[0]), *r[1:]] for r in rows])
+    facts = [[name, *(html.escape(str(fact(r))) for r in runs)] for name, fact in facts.items()]
+    values = [[n, *_marked([r.last(n) for r in runs], best(runs, n))] for n in (*losses(runs), *probes(runs))]
+    heads = page.keys(_names(runs))
+    tables = [
+        page.table(['', *heads], facts),
+        page.table(['last value of', *heads], [[html.escape(n), *cells] for n, *cells in values]),
+    ]
+    if len(runs) == 1:
+        return page.grid(tables, wide=True)
+    text = 'Bold: the best, for probes of the same split and for reconstruction of the same target. '
+    return tables[0] + page.note(text + 'Other losses are no measure of one run against another.') + tables[1]
+
+
+def _model(r):
+    given = [f'{n} {r.field(f"model.{n}")}' for n in ('depth', 'width', 'heads') if r.field(f'model.{n}')]
+    return ', '.join([f'ViT {r.field("model.size")}', f'patches of {r.field("model.patch_size")}', *given])
+
+
+def _data(r):
+    return f'{r.field("data.name") or r.field("data.data_dir")} {r.field("data.train_split")}'
+
+
+def _mto(r):
+    if not r.field('mto.enabled'):
+        return 'off'
+    weights = [f'{w} {r.field(f"mto.{w}"):g}' for w in ('w_spa', 'w_e', 'w_r') if r.field(f'mto.{w}')]
+    return ', '.join([f'on: recalibration {r.field("mto.recalibration")}', *weights])
+
+
+def _steps(r):
+    return f'{int(r.rows[-1]["step"]):,} steps (epoch {r.last("epoch") or 0:.4g} of {r.field("epochs"):g})'
+
+
+def _speed(r):
+    values = r.series('images_per_s')[1]
+    return f'{np.median(values):,.0f} images / s' if values else 'speed unknown'
 
 
 def _accuracies(accuracies):
     if not accuracies:
         return ''
-    columns = [c for c in next(iter(accuracies.values()))[0] if c.startswith(LEARNT)]
-    means = {n: [np.mean([s[c] for s in seeds]) for c in columns] for n, seeds in accuracies.items()}
-    marked = list(zip(*(_marked([m[i] for m in means.values()], True) for i in range(len(columns))), strict=True))
-    rows = [[html.escape(n), str(len(accuracies[n])), *cells] for n, cells in zip(means, marked, strict=True)]
-    note = '<p>Probes of frozen features on the test split, share of right answers, mean over the seeds.</p>'
-    return '<h2>Test accuracy</h2>' + note + _table(['features', 'seeds', *columns], rows)
+    columns = [c for c in next(iter(accuracies.values()))[0] if c == 'linear' or c.startswith('knn_')]
+    values = {n: np.array([[s[c] for c in columns] for s in seeds]) for n, seeds in accuracies.items()}
+    marked = [_marked([v[:, i].mean() for v in values.values()], max) for i in range(len(columns))]
+    rows = []
+    for (name, found), *cells in zip(values.items(), *marked, strict=True):
+        count = len(found)
+        errors = [f' ± {e:.2g}' for e in found.std(0, ddof=1) / np.sqrt(count)] if count > 1 else [''] * len(columns)
+        rows.append([html.escape(name), str(count), *(c + e for c, e in zip(cells, errors, strict=True))])
+    text = (
+        'Of probes of frozen features on the test split: share of right answers, mean over the seeds (± its standard '
+    )
+    return page.note(text + 'error). Bold: the highest.') + page.table(['features', 'seeds', *columns], rows)
 
 
-def _curves(runs):
+def _curves(runs, names):
     figures = []
-    for term in _terms(runs):
+    for term in names:
         lines = [r.series(term) for r in runs]
 
         def draw(axis, lines=lines):
-            for i, (steps, values) in enumerate(lines):
-                axis.plot(steps, values, color=COLOURS[i % 8], marker='.' if len(steps) < 20 else None)
-            axis.set_xlabel('step')
+            for colour, (steps, values) in zip(page.colours(len(runs)), lines, strict=True):
+                axis.plot(steps, values, color=colour, marker='.' if len(steps) < 20 else None)
+            axis.grid(alpha=0.3)
 
-        figures.append(_figure(draw, term, _units(term), f'{term} over steps'))
-    keys = ' &nbsp; '.join(_key(i) + html.escape(r.name) for i, r in enumerate(runs)) if len(runs) > 1 else ''
-    note = f'<p>Means over log intervals. {keys}</p>'
-    return f'<h2>Curves</h2>{note}<div class="grid">{"".join(figures)}</div>'
+        k = term.removeprefix('val_knn_')
+        probe = (f'kNN, k = {k}, on the validation split' if k != term else 'on the validation split', 'accuracy')
+        text, unit = probe if term.startswith('val_') else MEASURED.get(term) or (LOSSES.get(term, ''), 'loss')
+        figures.append(page.chart(draw, term, text, 'step', unit))
+    return page.legend(_names(runs)) + page.grid(figures) if figures else ''
+
+
+def _pictures(runs):
+    text = 'original, masked, and with predictions where hidden'
+    normal = '; each prediction is un-normalised with the true patch'
+    figures = [
+        page.photo(r.picture, r.name, text + normal * bool(r.field('method') == 'mae' and r.field('mae.norm_pix_loss')))
+        for r in runs
+        if r.picture
+    ]
+    return page.grid(figures, wide=True) if figures else ''
 
 
 def _heterogeneity(runs):
-    figures = []
+    parts = []
     for term, title in BLOCK_TERMS.items():
-        found = [(r, *r.blocks(term)) for r in runs]
-        found = [f for f in found if len(f[1])]
+        found = [(r, colour, *r.blocks(term)) for r, colour in zip(runs, page.colours(len(runs)), strict=True)]
+        found = [f for f in found if np.isfinite(f[-1]).any()]
         if not found:
             continue
 
         def ends(axis, found=found):
-            for r, _, values in found:
-                axis.plot(values[-1], marker='o', markersize=3, color=COLOURS[runs.index(r) % 8])
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_xlabel('block')
+            for _, colour, _, values in found:
+                axis.plot(values[-1], marker='o', markersize=3, color=colour)
+            axis.grid(alpha=0.3)
 
-        figures.append(_figure(ends, f'{title}, at the last diagnosis', '', f'{title} over the blocks'))
-        low, high = (f([f([v for v in values.ravel() if np.isfinite(v)]) for *_, values in found]) for f in (min, max))
-        for r, steps, values in found:
+        figures = [page.chart(ends, 'Over depth', 'at the last diagnosis', 'block', term)]
+        low, high = (f(f(v[np.isfinite(v)]) for *_, v in found) for f in (min, max))
+        for r, _, steps, values in found:
             if len(steps) < 2:
                 continue
 
-            def over_time(axis, steps=steps, values=values, low=low, high=high):
-                shown = axis.imshow(values.T, aspect='auto', origin='lower', cmap='viridis', vmin=low, vmax=high)
-                at = np.linspace(0, len(steps) - 1, min(5, len(steps))).round().astype(int)
-                axis.set_xticks(at, [str(steps[i]) for i in at])
+            def over_time(axis, steps=steps, values=values, low=low, high=high, term=term):
+                edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
+                up = np.arange(values.shape[1] + 1) - 0.5
+                shown = axis.pcolormesh(edges, up, values.T, vmin=low, vmax=high, cmap='Blues', rasterized=True)
                 axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-                axis.set_xlabel('step')
-                axis.set_ylabel('block')
-                axis.figure.colorbar(shown)
+                axis.figure.colorbar(shown, label=term)
 
-            figures.append(_figure(over_time, f'{r.name}: {title}', '', f'{title} over blocks and steps, {r.name}'))
-    if not figures:
+            which = f' of {r.name}' if len(runs) > 1 else ''
+            figures.append(page.chart(over_time, f'Over time{which}', 'colour: the value', 'step', 'block'))
+        parts.append(f'<section><h3>{html.escape(title)}</h3>{page.grid(figures)}</section>')
+    text = (
+        'On fixed images under fixed masks. Blocks are those of the stack that masked tokens pass through: MAE’s '
+        'decoder, SimMIM’s encoder. Colours mean the same for all runs of a term.'
+    )
+    return page.note(text) + page.legend(_names(runs)) + page.grid(parts, wide=True) if parts else ''
+
+
+def _config(runs):
+    if len(runs) > 1:
+        return _compared(runs, lambda r: r.config, 'the config')
+    # Here and not above: only a report needs to know the schema's defaults.
+    from configs import base
+
+    defaults = flatten(json.loads(json.dumps(base.get_config().to_dict())))
+    given = runs[0].config
+    rows = [[n, _show(v), _show(defaults.get(n))] for n, v in given.items() if n not in defaults or v != defaults[n]]
+    changed = page.plain_table(['field', 'this run', 'default'], rows)
+    return page.note('What differs from configs/base.py:') + changed + _all(runs, lambda r: r.config)
+
+
+def _compared(runs, get: Callable[[Run], Mapping[str, Any]], what: str):
+    if not any(map(get, runs)):
         return ''
-    note = '<p>On fixed images under fixed masks. Blocks are those of the stack that masked tokens pass through.</p>'
-    return f'<h2>Heterogeneity</h2>{note}<div class="grid">{"".join(figures)}</div>'
+    if len(runs) == 1:
+        return page.plain_table(['', ''], _side_by_side(runs, get))
+    rows = _differing(runs, get)
+    text = page.plain_table(['field', *page.keys(_names(runs))], rows) if rows else ''
+    return page.note(f'What differs in {what}:' if rows else f'Nothing differs in {what}.') + text + _all(runs, get)
 
 
-def _pictures(runs):
-    figures = [
-        f'<figure><img alt="Reconstructions by {html.escape(r.name)}" src="data:image/png;base64,'
-        f'{base64.b64encode(r.picture).decode()}"><figcaption>{html.escape(r.name)}: original, masked, and with '
-        'predictions where hidden; normalised targets are un-normalised with the true patch.</figcaption></figure>'
-        for r in runs
-        if r.picture
-    ]
-    return f'<h2>Reconstructions</h2><div class="grid wide">{"".join(figures)}</div>' if figures else ''
+def _all(runs, get):
+    whole = page.plain_table(['field', *page.keys(_names(runs))], _side_by_side(runs, get))
+    return f'<details><summary>All fields</summary>{whole}</details>'
 
 
-def _settings(runs):
-    def compared(title, tables: Callable[[Run], Mapping[str, Any]], open_one):
-        names = sorted({k for r in runs for k in tables(r)})
-        rows = [[k, *(str(tables(r).get(k, '')) for r in runs)] for k in names]
-        differ = [r for r in rows if len(set(r[1:])) > 1]
-        heads = ['field', *(html.escape(r.name) for r in runs)]
-        text = ''
-        if len(runs) > 1:
-            cells = [[html.escape(c) for c in r] for r in differ]
-            text = f'<h2>{title}: what differs</h2>' + (_table(heads, cells) if differ else '<p>Nothing.</p>')
-        cells = [[html.escape(c) for c in r] for r in rows]
-        return text + f'<details{" open" * open_one}><summary>{title}: all</summary>{_table(heads, cells)}</details>'
-
-    return compared('Config', lambda r: r.config, False) + compared('Environment', lambda r: r.about, len(runs) == 1)
+def _side_by_side(runs, get):
+    return [[n, *(_show(get(r).get(n)) for r in runs)] for n in dict.fromkeys(n for r in runs for n in get(r))]
 
 
-def _terms(runs):
-    """Logged terms that make a curve: losses first, then what is measured beside them."""
-    skip = {'step', 'epoch', 'seconds_per_step'}
-    names = dict.fromkeys(n for r in runs for row in r.rows for n in row if n not in skip and '/' not in n)
-    return sorted(names, key=lambda n: (not n.startswith(('loss', 'reconstruction', 'mto_')), not n.startswith('val_')))
+def _differing(runs, get):
+    return [row for row in _side_by_side(runs, get) if len(set(row[1:])) > 1]
 
 
-def _units(term):
-    units = {'images_per_s': 'images / s', 'data_wait': 'share of the time'}
-    return units.get(term, 'accuracy' if term.startswith('val_') else '')
+def _names(runs):
+    return [r.name for r in runs]
 
 
-def _marked(values, highest_wins):
-    """Numbers as text, the best in bold where there is a choice and one can say what is better."""
-    known = [v for v in values if v is not None]
-    best = max(known) if highest_wins and len(known) > 1 else None
-    return ['' if v is None else f'<strong>{v:.4g}</strong>' if v == best else f'{v:.4g}' for v in values]
+def _show(value):
+    return '' if value is None else str(value) or "''"
 
 
-def _table(heads, rows):
-    """Cells are HTML already."""
-    head = ''.join(f'<th>{h}</th>' for h in heads)
-    body = ''.join('<tr>' + ''.join(f'<td>{c}</td>' for c in r) + '</tr>' for r in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _key(index):
-    return f'<span class="key" style="background:{COLOURS[index % 8]}"></span>'
-
-
-def _figure(draw, title, unit, alt):
-    fig = Figure(figsize=(4.2, 2.5), layout='constrained')
-    axis = fig.subplots()
-    draw(axis)
-    if unit:
-        axis.set_ylabel(unit)
-    if not axis.images:
-        axis.grid(alpha=0.3)
-    out = io.BytesIO()
-    with mpl.rc_context({'svg.fonttype': 'none', 'font.family': 'sans-serif'}):
-        fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None})
-    code = base64.b64encode(out.getvalue()).decode()
-    picture = f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{code}">'
-    return f'<figure><figcaption>{html.escape(title)}</figcaption>{picture}</figure>'
+def _marked(values, choose: Callable | None):
+    """Numbers as text, the best in bold unless all are the same."""
+    known = {v for v in values if v is not None}
+    chosen = choose(known) if choose and len(known) > 1 else None
+    return ['' if v is None else f'<strong>{v:.4g}</strong>' if v == chosen else f'{v:.4g}' for v in values]

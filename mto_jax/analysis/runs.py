@@ -1,0 +1,122 @@
+"""Trainings as their workdirs hold them, for what is shown of one or several."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mto_jax.errors import UserError
+from mto_jax.hosts import flatten
+from mto_jax.metrics import read_history
+from mto_jax.workdir import read_json
+
+# Logged terms that are no losses: what they are, and the unit of their axis.
+MEASURED = {
+    'learning_rate': ('of the optimizer', 'rate'),
+    'grad_norm': ('length of the gradient, before clipping', 'L2 norm'),
+    'param_norm': ('length of all parameters', 'L2 norm'),
+    'token_distance': ('of the mask token from the visible ones', 'standard deviations'),
+    'images_per_s': ('speed, averaged since the start or the last pause', 'images / s'),
+    'data_wait': ('time in which the loop waited for the input pipeline', 'share of the time'),
+}
+LOSSES = {
+    'loss': 'all that is minimised, weighted',
+    'reconstruction': 'of the hidden patches',
+    'mto_spa': 'L_spa of MTO, before its weight',
+    'mto_e': 'L_e of MTO, before its weight',
+    'mto_r': 'L_r of MTO, before its weight',
+}
+# What must be the same for the term of two runs to be compared.
+SAME_PROBE = ('data.name', 'data.data_dir', 'data.val_split')
+SAME_TARGET = ('method', 'mask_ratio', 'mae.norm_pix_loss', 'simmim.mask_unit', 'model.patch_size', 'data.name')
+SAME_TARGET += ('data.data_dir', 'data.train_split', 'data.image_size', 'data.crop', 'data.mean', 'data.std')
+
+
+class Run:
+    """What a workdir holds of a training.
+
+    Attributes:
+      name: of its folder, with as many parents as tell it from the other runs.
+      config: {dotted field: value}.
+      rows: of `metrics.jsonl`, ascending in step.
+      about: {dotted name: value} of its code, versions and devices.
+      picture: PNG of the reconstructions, or None.
+    """
+
+    def __init__(self, folder: epath.Path, name: str):
+        self.name, self._path = name, folder / 'config.json'
+        if not self._path.exists():
+            raise UserError(f'report: {folder} holds no training, for it has no config.json')
+        self.config = flatten(read_json(self._path))
+        self.rows = read_history(folder)
+        if not self.rows:
+            raise UserError(f'report: {folder} has no metrics.jsonl yet; it is written at the first save')
+        about, picture = folder / 'environment.json', folder / 'reconstructions.png'
+        self.about = flatten(read_json(about)) if about.exists() else {}
+        self.picture = picture.read_bytes() if picture.exists() else None
+
+    def field(self, name: str) -> Any:
+        """A config field that every training has."""
+        if name not in self.config:
+            raise UserError(f'report: {self._path} has no field {name}; it is not the config of a training')
+        return self.config[name]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a logged term."""
+        rows = [r for r in self.rows if name in r]
+        return [int(r['step']) for r in rows], [r[name] for r in rows]
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a logged term."""
+        return next((r[name] for r in reversed(self.rows) if name in r), None)
+
+    def blocks(self, term: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (n,), and a diagnosed term over them and the blocks, float (n, blocks)."""
+        rows = {int(r['step']): r for r in self.rows if f'block/{term}/0' in r}  # the newest where a step was repeated
+        depth = sum(k.startswith(f'block/{term}/') for k in next(iter(rows.values()), ()))
+        values = [[r.get(f'block/{term}/{i}', np.nan) for i in range(depth)] for r in rows.values()]
+        return np.array([*rows]), np.array(values, float).reshape(len(rows), depth)
+
+
+def load(folders: Sequence[epath.Path]) -> list[Run]:
+    """The trainings in these workdirs.
+
+    Raises:
+      UserError: if a folder holds no training or a file of it is damaged.
+    """
+    return [Run(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+
+
+def terms(runs: Sequence[Run]) -> list[str]:
+    """Logged terms that make a curve, in the order in which they come."""
+    names = dict.fromkeys(n for r in runs for row in r.rows for n in row if '/' not in n)
+    return [n for n in names if n not in ('step', 'epoch', 'seconds_per_step')]
+
+
+def losses(runs: Sequence[Run]) -> list[str]:
+    """Terms of the objective; what a method of one's own logs is one."""
+    names = [n for n in terms(runs) if n not in MEASURED and not n.startswith('val_')]
+    return sorted(names, key=lambda n: [*LOSSES].index(n) if n in LOSSES else len(LOSSES))
+
+
+def probes(runs: Sequence[Run]) -> list[str]:
+    """Accuracies on the validation split."""
+    return [n for n in terms(runs) if n.startswith('val_')]
+
+
+def best(runs: Sequence[Run], term: str) -> Callable | None:
+    """`min` or `max` where one run's value of the term can be better than another's."""
+    same = {'reconstruction': SAME_TARGET}.get(term, SAME_PROBE if term.startswith('val_') else ())
+    if not same or any(len({str(r.config.get(n)) for r in runs}) > 1 for n in same):
+        return None
+    return max if term.startswith('val_') else min
+
+
+def _names(folders):
+    """Each folder's last name, with as many parents as make them all different."""
+    for count in range(1, max(len(f.parts) for f in folders) + 1):
+        names = ['/'.join(f.parts[-count:]) or str(f) for f in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
