@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     c.log_images = 6  # shown in pictures of reconstructions
 
     c.checkpoints = ConfigDict()
-    c.checkpoints.every = 1000  # steps; the last step is always saved
+    c.checkpoints.every = 1000  # steps; 0: only the last, which is always saved
     c.checkpoints.keep = 2  # newest ones kept; the best is kept beside them
 
     c.eval = ConfigDict()

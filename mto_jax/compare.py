@@ -24,6 +24,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     mesh = parallel.make_mesh(**config.mesh)
     workdir = epath.Path(workdir)
     results: dict[str, list[dict[str, float]]] = {}
+    folders = []
 
     def measure(name, encode, params, setup):
         say(f'probing {name} on {setup.data.test_split}')
@@ -43,14 +44,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
                 init = partial(objective.init_params, method, train_state.stream(seed, 'init'))
                 measure('random encoder', encode, jax.jit(init, out_shardings=parallel.replicated(mesh))(), setup)
             say(f'--- {name}, seed {seed}')
-            state = trainer.pretrain(setup, workdir / f'seed{seed}' / (config.method + '_mto' * enabled))
+            folders.append(workdir / f'seed{seed}' / (config.method + '_mto' * enabled))
+            state = trainer.pretrain(setup, folders[-1])
             measure(name, encode, state.params, setup)
 
     text = table(results, config.eval.knn_k[-1])
     if hosts.is_first():
         write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
         write(workdir / 'results.md', text)
-        folders = [p for p in sorted(workdir.glob('seed*/*')) if p.is_dir()]
         plots.curves(workdir / 'curves.png', {f'{p.parent.name}/{p.name}': read_history(p) for p in folders})
         report.finish(workdir, folders, results)
     say('\n' + text)

@@ -28,7 +28,8 @@ class Log:
         from clu import metric_writers
 
         self._path = workdir / 'metrics.jsonl'
-        self._rows = [r for r in read_history(workdir) if r['step'] <= start_step]
+        # Nothing of a run that ended before its first save: it starts again.
+        self._rows = [r for r in read_history(workdir) if 0 < start_step >= r['step']]
         self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

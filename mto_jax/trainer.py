@@ -107,6 +107,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
                 bool(every) and (last or step % every == 0)
                 for every in (config.diagnose_every, eval_every, config.checkpoints.every)
             )
+            due_save |= last
             if last or ending or step % config.log_every == 0:
                 meter = reporter.interval(step, meter, batches.reset())
                 saver.poll()

@@ -178,6 +178,17 @@ def test_resume_is_bitwise(config, tmp_path, devices):
     assert terms[0][-1] == terms[1][-1]
 
 
+def test_the_last_step_is_always_saved(config, tmp_path):
+    """Also where nothing else is asked for; and a run that ended before its first save leaves no rows to the next."""
+    config.checkpoints.every = config.diagnose_every = 0
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "loss": 9.0}\n')
+    trainer.pretrain(config, tmp_path)
+    assert [p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()] == ['8']
+    rows = read_history(tmp_path)
+    assert [r['step'] for r in rows] == [3, 6, 8]
+    assert 'loss' in rows[-1]
+
+
 def test_resume_on_other_devices(config, tmp_path, capsys):
     """From 8 devices (data 2 x fsdp 4) at step 4 to 4 devices: the right step and data, parameters up to rounding."""
     config.mto.enabled, config.mto.w_e, config.mto.w_r = True, 0.1, 1.0
