@@ -49,12 +49,10 @@ def explore(c):
 def refine(c):
     """The best of `explore` on the baseline that `tune` found better, which hides fewer patches."""
     c.mask_ratio = 0.6
-    kept = ('baseline', 'exclude 1', 'e r', 'ramp, e r', 'far token')
-    both = {'w_e': 0.1, 'w_r': 1.0, 'initial_blocks': 1}
+    kept = ('baseline', 'exclude 1', 'ramp, e r')
     c.study.variants = {n: v for n, v in mto_variants().items() if n in kept} | {
         'rate 1e-3': {'optim': rate(c, 1e-3)},
         'ramp, all rows': mto(recalibration='ramp', rows='all'),
-        'ramp, all rows, e r': mto(**both, recalibration='ramp', rows='all'),
     }
     c.study.seeds = (0, 1)
     return c
