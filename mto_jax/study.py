@@ -86,7 +86,7 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     test = memory.load(data, data.val_split if study.split == 'val' else data.test_split)
     jobs = list(grid(config))
     for *_, setup in jobs:
-        in_memory.prepare(setup, train[0][: setup.batch_size])  # a bad variant stops here, not hours later
+        in_memory.prepare(setup, train[0])  # a bad variant stops here, not hours later
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
     table = workdir / 'table.csv'

@@ -161,8 +161,11 @@ def small_mae(config, size=(32, 32), channels=3, norm_pix_loss=False):
     ('size', 'channels', 'norm_pix_loss'),
     [((32, 32), 3, False), ((32, 32), 3, True), ((16, 64), 3, True), ((64, 16), 1, False), ((32, 32), 5, True)],
 )
-def test_mae_against_hugging_face(config, rng, torch, size, channels, norm_pix_loss):
-    """Mask, target, predictions, loss, and the gradient by every parameter."""
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_mae_against_hugging_face(config, rng, torch, dtype, size, channels, norm_pix_loss):
+    """Mask, target, predictions, loss, and the gradient by every parameter; the peer computes in float32."""
+    config.model.dtype = dtype
+    exact = dtype == 'float32'
     method, grid = small_mae(config, size, channels, norm_pix_loss)
     params = randomised(objective.init_params(method, jax.random.key(0)), rng)
     peer = hugging_face_mae(torch, config, params, grid)
@@ -177,11 +180,16 @@ def test_mae_against_hugging_face(config, rng, torch, size, channels, norm_pix_l
     their, target = hugging_face_forward(torch, peer, images, noise)
     their.loss.backward()
     np.testing.assert_array_equal(ours.mask, their.mask.numpy().astype(bool))
-    np.testing.assert_allclose(ours.predictions, their.logits.detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(ours.predictions, their.logits.detach().numpy(), atol=1e-4 if exact else 0.2)
     np.testing.assert_allclose(losses.patchify(jnp.asarray(images), 8), target.numpy(), atol=1e-6)
-    assert float(loss) == pytest.approx(their.loss.item(), rel=1e-5)
+    assert float(loss) == pytest.approx(their.loss.item(), rel=1e-5 if exact else 5e-3)
     theirs = {n: p.grad.numpy() for n, p in peer.named_parameters() if p.requires_grad}
-    assert_gradients_match(in_hugging_faces_names(grads, peer.config), theirs, 1e-4)
+    mine = in_hugging_faces_names(grads, peer.config)
+    if exact:
+        assert_gradients_match(mine, theirs, 1e-4)
+    else:  # parameters of hardly any gradient are all rounding: of all together
+        error = math.sqrt(sum(np.square(mine[n] - g).sum() for n, g in theirs.items()))
+        assert error < 0.05 * math.sqrt(sum(np.square(g).sum() for g in theirs.values()))
 
 
 @pytest.mark.peers
