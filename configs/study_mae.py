@@ -4,7 +4,7 @@ python -m mto_jax.study --config=configs/study_mae.py:explore
 """
 
 from configs import base, quickstart
-from configs.study_simmim import for_study, mto, mto_variants, rate, rates_and_decays, stage, with_rate
+from configs.study_simmim import confirming, for_study, mto, mto_variants, rate, rates_and_decays, stage, with_rate
 
 
 def prototype():
@@ -58,5 +58,12 @@ def refine(c):
     return c
 
 
+def confirm(c):
+    """The tuned baseline against the best two of `refine`: one on both probes, one on the linear probe alone."""
+    kept = ('baseline', 'ramp, e r', 'ramp, all rows')
+    c.study.variants = {n: v for n, v in refine(c).study.variants.items() if n in kept}
+    return confirming(c)
+
+
 def get_config(argument: str):
-    return stage(argument, {'tune': tune, 'explore': explore, 'refine': refine}, prototype())
+    return stage(argument, {'tune': tune, 'explore': explore, 'refine': refine, 'confirm': confirm}, prototype())

@@ -224,10 +224,10 @@ def test_shares_of_a_grid_cover_it(two_runs, tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr(study, '_train', trained)
-    two_runs.study.budgets, two_runs.study.count = (2.0, 4.0), 3
+    two_runs.study.budgets, two_runs.study.count = (0.4, 4.0), 3
     for two_runs.study.index in range(3):
         study.run(two_runs, tmp_path / str(two_runs.study.index))
-    assert sorted(seen) == [(b, m, (0, 1)) for b in (2.0, 4.0) for m in (False, True)]
+    assert sorted(seen) == [(b, m, (0, 1)) for b in (0.4, 4.0) for m in (False, True)]
 
 
 @pytest.mark.parametrize(
@@ -257,11 +257,12 @@ def test_budgets_scale_the_schedule(two_runs):
     assert study.fingerprint(half) != study.fingerprint(setups['mto', 4.0])
 
 
-@pytest.mark.parametrize('stage', ['tune', 'explore'])
+@pytest.mark.parametrize('stage', ['tune', 'explore', 'refine', 'confirm'])
 @pytest.mark.parametrize('module', [study_simmim, study_mae])
 def test_shipped_studies_are_valid(module, stage):
     """Every variant builds, and no two of a stage are the same."""
-    setups = [setup for *_, seeds, setup in study.grid(module.get_config(stage)) if seeds == (0,)]
+    config = module.get_config(stage)
+    setups = [setup for *_, seeds, setup in study.grid(config) if seeds == config.study.seeds[:1]]
     for setup in setups:
         methods.build(setup)
     assert len({study.fingerprint(s) for s in setups}) == len(setups)
