@@ -209,7 +209,11 @@ def _plot_variants(table: Table, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('folder', type=Path)
-    for path in sorted(parser.parse_args().folder.glob('*.csv')):
+    folder = parser.parse_args().folder
+    tables = sorted(folder.glob('*.csv'))
+    if not tables:
+        parser.error(f'{folder} is no folder with .csv tables')
+    for path in tables:
         write(path)
         print(path.with_suffix('.md'), path.with_suffix('.png'))
 
