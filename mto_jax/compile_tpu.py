@@ -117,10 +117,9 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
         with jax.set_mesh(mesh):
             compiled = training.step(mesh).lower(state, meter, batch, key).compile()
     except jax.errors.JaxRuntimeError as e:
-        found = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', str(e))
-        if not found:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
             raise
-        return out | {'fits': f'no: the compiler needs {found[1]} of {found[2]}'}
+        return out | {'fits': f'no: {_reason(str(e))}'}
     memory, text = compiled.memory_analysis(), compiled.as_text()
     beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + beside + memory.generated_code_size_in_bytes
@@ -138,6 +137,17 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
         f'{config.batch_size / seconds:.0f} images/s, {least / seconds:.0%} MFU',
         'compiled in': f'{time.perf_counter() - begun:.0f} s',
     }
+
+
+def _reason(error: str) -> str:
+    """How much is missing, of what the compiler says when memory ran out; it has several ways to say so."""
+    used = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', error)
+    if used:
+        return f'the compiler needs {used[1]} of {used[2]}'
+    temporaries = re.search(r'temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)', error)
+    if temporaries:
+        return f'temporaries alone take {temporaries[1]} of {temporaries[2]}'
+    return error.partition('RESOURCE_EXHAUSTED: ')[2].partition('\n')[0]
 
 
 def _held(tree, shardings) -> int:

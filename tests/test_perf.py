@@ -62,6 +62,25 @@ print(compile_tpu.read_hlo({PROGRAM!r}))
     assert out.stdout.strip() == "(255, {'all-reduce': [2, 68, 16], 'all-gather': [6, 112, 32]})", out.stderr
 
 
+@pytest.mark.parametrize(
+    ('error', 'word'),
+    [
+        ('RESOURCE_EXHAUSTED: Allocation failed. Used 19.1G of 15.75G hbm. Exceeded by 3G', 'needs 19.1G of 15.75G'),
+        (
+            'RESOURCE_EXHAUSTED: Ran out: the total memory required for HLO temporaries (20.99G) exceeds available HBM '
+            '(15.75G).',
+            'alone take 20.99G of 15.75G',
+        ),
+        ('RESOURCE_EXHAUSTED: No room at all\nand a long list', 'No room at all'),
+    ],
+)
+def test_what_does_not_fit_is_a_line(error, word):
+    """The compiler's own words for too little memory."""
+    code = f'from mto_jax import compile_tpu\nprint(compile_tpu._reason({error!r}))'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=False)
+    assert out.stdout.strip().endswith(word), out.stderr
+
+
 def test_matrix_products_are_counted():
     """Products in a scan, a batch and a nested jit, against the arithmetic by hand."""
 
@@ -101,6 +120,14 @@ def test_the_flagship_compiles_for_a_slice(topology):
     assert 'fits: yes' in out.stdout, out.stderr[-2000:]
     assert 'batch: 4096' in out.stdout
     assert 'all-reduce' in out.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU_PYTHON, reason=NO_LIBTPU)
+def test_a_batch_that_does_not_fit():
+    small = ['--config.model.depth=1', '--config.mae.decoder_depth=2']
+    out = compile_for('v5e:2x2', '--per_chip_batch=8192', *small)
+    assert 'fits: no: ' in out.stdout, out.stderr[-2000:]
 
 
 @pytest.mark.slow
