@@ -151,7 +151,7 @@ def refine(c):
 
 
 def confirm(c):
-    """The baseline at its own best rate against the best two of `refine`, at theirs: new seeds, test images."""
+    """The baseline, at its own best rate and at MTO's, against the best two of `refine`: new seeds, test images."""
     c.optim.b2 = 0.95
     slower = {'optim': rate(c, 2e-3)}
     c = with_rate(c, 8e-3)
@@ -159,6 +159,7 @@ def confirm(c):
         'baseline': {},
         'spa stronger': {**mto(w_spa=3.0), **slower},
         'e r, e fades': {**mto(w_e=0.1, w_r=1.0, initial_blocks=1, decay_e=True), **slower},
+        'rate 2e-3': slower,
     }
     return confirming(c)
 
