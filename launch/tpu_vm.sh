@@ -14,9 +14,11 @@ ARGS="--config=configs/mae_mto.py --config.data.data_dir=gs://my-bucket/tensorfl
 
 on_all() { gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --project="$PROJECT" --worker=all --command="$1"; }
 
-on_all "test -d mto_jax || git clone -q $REPOSITORY mto_jax
+# The images' own Python may be older than 3.11, so uv brings one.
+on_all "set -e
+test -d mto_jax || git clone -q $REPOSITORY mto_jax
 cd mto_jax && git pull -q
-python3 -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
-test -d .venv || python3 -m venv .venv
-.venv/bin/pip install -q -r requirements-tpu.txt"
+command -v ~/.local/bin/uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+test -d .venv || ~/.local/bin/uv venv -q --python 3.12 .venv
+~/.local/bin/uv pip install -q --python .venv -r requirements-tpu.txt"
 on_all "cd mto_jax && .venv/bin/python main.py --workdir=$WORKDIR $ARGS"

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -281,3 +282,11 @@ def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = trainer.pretrain(config, tmp_path / 'part')
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
+
+
+def test_sbatch_reads_every_directive():
+    """It stops at the first line that is neither empty nor a comment."""
+    text = (Path(__file__).parents[1] / 'launch' / 'slurm.sh').read_text().splitlines()
+    first = next(i for i, line in enumerate(text) if line and not line.startswith('#'))
+    assert any('--signal=TERM@' in line for line in text[:first])
+    assert not any(line.startswith('#SBATCH') for line in text[first:])
