@@ -138,7 +138,7 @@ def get_config() -> ConfigDict:
     c.study.variants = ConfigDict()  # {name: {field: value, ...}}: what each changes in this config; one is 'baseline'
     c.study.seeds = (0,)
     c.study.budgets = ()  # epochs of each training; () for `epochs`. The warm-up and the decays scale along
-    c.study.evaluations = 4  # during each training, evenly spaced; the last is at its end
+    c.study.evaluations = 4  # of a training of the largest budget, evenly spaced; the others: at their end only
     c.study.split = 'val'  # where the probes are measured: val while choosing, test to confirm
     c.study.seeds_at_once = 1  # trained side by side in one dispatch
     c.study.index = 0  # this machine's share of the grid: every count-th run from index on

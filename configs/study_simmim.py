@@ -167,7 +167,7 @@ def confirm(c):
 def confirming(c):
     """Three budgets with schedules of their own, five seeds that chose nothing, test images, fine-tuning at the end."""
     c.study.budgets, c.study.seeds = (0.25, 0.5, 1.0), (10, 11, 12, 13, 14)
-    c.study.split, c.study.evaluations = 'test', 1
+    c.study.split, c.study.evaluations = 'test', 4
     f = c.finetune
     f.batch_size, f.epochs, f.optim.warmup_epochs = 32, 5.0, 1.0
     f.optim.b2, f.optim.layer_decay = 0.999, 0.75

@@ -50,6 +50,8 @@ COLUMNS = (
 def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], ConfigDict]]:
     """(variant, budget, seeds, config) of every run; budgets ascend, so that the cheap ones come first.
 
+    Only runs of the largest budget are evaluated on their way: the others are there for their final values.
+
     Raises:
       UserError: for a variant that names an unknown field or gives it a value of another type.
     """
@@ -63,6 +65,8 @@ def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], Conf
             setup.update(study.variants[name].to_dict())
         except (AttributeError, KeyError, TypeError) as e:
             raise UserError(f'study.variants.{name}: {" ".join(str(e.args[0]).split())}') from None
+        if budget < budgets[-1]:
+            setup.study.evaluations = 1
         share = budget / setup.epochs
         setup.epochs = float(budget)
         setup.optim.warmup_epochs *= share
@@ -85,7 +89,7 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     train = memory.load(data, data.train_split)
     test = memory.load(data, data.val_split if study.split == 'val' else data.test_split)
     jobs = list(grid(config))
-    for *_, setup in jobs:
+    for setup in {fingerprint(s): s for *_, s in jobs}.values():
         in_memory.prepare(setup, train[0])  # a bad variant stops here, not hours later
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +103,8 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
             print('  in the table', flush=True)
             continue
         place = workdir / 'runs' / f'{mark}_{missing[0]}'
-        rows = _train(setup, missing, train, test, place, from_zero=variant == BASELINE)
+        from_zero = variant == BASELINE and budget == jobs[-1][1]
+        rows = _train(setup, missing, train, test, place, from_zero)
         about = {'config': mark, 'method': setup.method, 'variant': variant, 'budget': budget}
         append(table, [about | r for r in rows])
         shutil.rmtree(place)

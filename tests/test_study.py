@@ -189,6 +189,13 @@ def test_report_by_hand(tmp_path):
     assert '| baseline | linear probe | 1.00 (1.00 to 1.00) | 1.00 |' in text
     assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 | 1.25 |' in text
     assert (tmp_path / 'a.png').stat().st_size > 10_000
+    # One seed that was measured at the end only: it counts there, and not in the areas.
+    (tmp_path / 'a.csv').unlink()
+    study.append(tmp_path / 'a.csv', [r for r in rows if r['seed'] != 2 or r['epoch'] == r['budget']])
+    study_report.write(tmp_path / 'a.csv')
+    text = (tmp_path / 'a.md').read_text()
+    assert f' | {0.281 / 0.231:.2f} |' in text
+    assert '| better, too | 3 | 74.6 |' in text
 
 
 def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
@@ -255,6 +262,7 @@ def test_budgets_scale_the_schedule(two_runs):
     assert half.mto.enabled
     assert not setups['baseline', 2.0].mto.enabled
     assert study.fingerprint(half) != study.fingerprint(setups['mto', 4.0])
+    assert (half.study.evaluations, setups['mto', 4.0].study.evaluations) == (1, 2)  # curves of the largest alone
 
 
 @pytest.mark.parametrize('stage', ['tune', 'explore', 'refine', 'confirm'])

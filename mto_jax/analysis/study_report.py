@@ -57,6 +57,11 @@ class Table:
         epochs = sorted({r['epoch'] for r in rows})
         return epochs, np.array([np.mean([r[column] for r in rows if r['epoch'] == e]) for e in epochs])
 
+    def watched(self, variant: str, budget: float, seeds: Sequence[int]) -> list[int]:
+        """Those of the seeds whose runs were evaluated on their way too."""
+        rows = self._of(variant, budget)
+        return [s for s in seeds if any(r['seed'] == s and 0 < r['epoch'] < budget for r in rows)]
+
     def measured(self, budget: float) -> list[str]:
         """The metrics that the baseline's runs have at this budget."""
         base = self.variants[0]
@@ -120,8 +125,9 @@ def speed_table(table: Table) -> list[str]:
                 shown = f'{_share(match, budgets)} ({_share(low, budgets)} to {_share(high, budgets)})'
             else:
                 shown = 'not testable'
-            epochs, curve = table.curve(variant, budgets[-1], metric, seeds)
-            other, plain = table.curve(base, budgets[-1], metric, seeds)
+            watched = table.watched(base, budgets[-1], table.watched(variant, budgets[-1], seeds))
+            epochs, curve = table.curve(variant, budgets[-1], metric, watched)
+            other, plain = table.curve(base, budgets[-1], metric, watched)
             area = speed.rauc(epochs, curve, plain, table.random(metric)) if epochs == other else np.nan
             gain, half = speed.paired(values[:, -1], reference[:, -1])
             difference = '' if variant == base else f'{100 * gain:+.1f} ± {100 * half:.1f}'
