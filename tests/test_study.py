@@ -265,8 +265,10 @@ def test_budgets_scale_the_schedule(two_runs):
     assert (half.study.evaluations, setups['mto', 4.0].study.evaluations) == (1, 2)  # curves of the largest alone
 
 
-@pytest.mark.parametrize('stage', ['tune', 'explore', 'refine', 'confirm'])
-@pytest.mark.parametrize('module', [study_simmim, study_mae])
+STAGES = [(m, s) for m in (study_simmim, study_mae) for s in ('tune', 'explore', 'refine', 'confirm')]
+
+
+@pytest.mark.parametrize(('module', 'stage'), [*STAGES, (study_simmim, 'halve')])
 def test_shipped_studies_are_valid(module, stage):
     """Every variant builds, and no two of a stage are the same."""
     config = module.get_config(stage)
