@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, cli, in_memory, objective, parallel, train_state
+from mto_jax import checkpoint, cli, cpu, in_memory, objective, parallel, train_state
 from mto_jax.data import memory
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, frozen
@@ -85,6 +85,7 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
         raise UserError(f'study.variants must name one {BASELINE!r}, and study.seeds at least one')
     if not 0 <= study.index < study.count:
         raise UserError(f'study.index is {study.index}; it must be from 0 to study.count - 1 ({study.count - 1})')
+    cpu.keep_memory()
     data = config.data
     train = memory.load(data, data.train_split)
     test = memory.load(data, data.val_split if study.split == 'val' else data.test_split)

@@ -1,0 +1,51 @@
+"""What MTO costs a step: the variants of a study, timed in turns in one process.
+
+    python -m benchmarks.step_cost --config=configs/study_simmim.py:confirm
+
+Every round runs a stretch of steps of each variant, after one that compiles. Printed for each: the median seconds a
+step, and the median over the rounds of its ratio to the baseline's of the same round, with the smallest and largest.
+It needs the machine for itself.
+"""
+
+import statistics
+import time
+
+from mto_jax import cli
+
+ROUNDS, STEPS = 7, 40
+
+
+def measure(config, workdir):
+    """Time the variants at the first budget and seed; writes nothing."""
+    import jax
+
+    from mto_jax import cpu, in_memory, study
+    from mto_jax.data import memory
+
+    cpu.keep_memory()
+    images = memory.load(config.data, config.data.train_split)[0]
+    seeds = config.study.seeds[:1]
+    setups = {name: setup for name, budget, _, setup in study.grid(config) if budget == max(config.study.budgets)}
+    runs = {}
+    for name, setup in setups.items():
+        run = in_memory.prepare(setup, images)
+        stops = [STEPS * (i + 1) for i in range(ROUNDS + 1)]
+        runs[name] = run.train(in_memory.stack([run.create(s) for s in seeds]), seeds, 0, stops)
+        next(runs[name])
+        print(f'{name}: compiled', flush=True)
+    seconds = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(next(run))
+            seconds[name].append((time.perf_counter() - begun) / STEPS)
+    base = seconds[study.BASELINE]
+    print('| variant | seconds a step | relative to the baseline |\n|---|---|---|')
+    for name, found in seconds.items():
+        ratios = [f / b for f, b in zip(found, base, strict=True)]
+        spread = f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+        print(f'| {name} | {statistics.median(found):.4f} | {spread} |')
+
+
+if __name__ == '__main__':
+    cli.start(measure)
