@@ -183,7 +183,7 @@ def confirm(c):
         'baseline': {},
         'spa stronger': {**mto(w_spa=3.0), **slower},
         'e r, e fades': {**mto(w_e=0.1, w_r=1.0, initial_blocks=1, decay_e=True), **slower},
-        'rate 2e-3': slower,
+        'baseline, rate 2e-3': slower,
     }
     return confirming(c)
 

@@ -187,7 +187,7 @@ def test_report_by_hand(tmp_path):
     # It starts above where the baseline ends; areas over epochs 2 to 4, above .6: (.136 + .146) over (.111 + .121).
     assert f'| better, too | linear probe | at most 0.25 (at most 0.25 to at most 0.25) | {0.282 / 0.232:.2f} |' in text
     assert '| baseline | linear probe | 1.00 (1.00 to 1.00) | 1.00 |' in text
-    assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 | 1.25 |' in text
+    assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 |' in text
     assert (tmp_path / 'a.png').stat().st_size > 10_000
     # One seed that was measured at the end only: it counts there, and not in the areas.
     (tmp_path / 'a.csv').unlink()
@@ -196,6 +196,16 @@ def test_report_by_hand(tmp_path):
     text = (tmp_path / 'a.md').read_text()
     assert f' | {0.281 / 0.231:.2f} |' in text
     assert '| better, too | 3 | 74.6 |' in text
+    # A second baseline, 3 points better at the first budget and 1 point worse at the others: what counts is the better.
+    shift = {1.0: 0.03, 2.0: -0.01, 4.0: -0.01}
+    second = [r | {'variant': 'baseline, slower', 'linear': r['linear'] + shift[r['budget']]} for r in rows]
+    study.append(tmp_path / 'a.csv', [r for r, o in zip(second, rows, strict=True) if o['variant'] == 'baseline'])
+    study_report.write(tmp_path / 'a.csv')
+    text = (tmp_path / 'a.md').read_text()
+    assert '| better, too | 3 | 72.6 | -0.5 ± 0.0 |' in text  # at the first budget
+    assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 |' in text  # at the last
+    assert '| baseline | 3 | 70.1 | -3.0 ± 0.0 |' in text
+    assert '| baseline, slower | linear probe | at most 0.25 (at most 0.25 to at most 0.25) |' in text
 
 
 def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
