@@ -159,6 +159,8 @@ def halve(c):
         'baseline': {'optim': rate(c, 8e-3)},
         'rate 4e-3': faster,
         'spa stronger': mto(w_spa=3.0),
+        'spa strongest': mto(w_spa=10.0),
+        'spa stronger, rate 8e-3': {**mto(w_spa=3.0), 'optim': rate(c, 8e-3)},
         'spa strong, rate 4e-3': {**mto(w_spa=1.0), **faster},
         'spa stronger, rate 4e-3': {**mto(w_spa=3.0), **faster},
         'spa strongest, rate 4e-3': {**mto(w_spa=10.0), **faster},

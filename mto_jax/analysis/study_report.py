@@ -47,9 +47,9 @@ class Table:
         """Seeds that the variant and all baselines have finished, ascending."""
         return sorted(set.intersection(*(self.seeds(v, budget) for v in (variant, *self.baselines))))
 
-    def reference(self, budget: float, column: str, seeds: Sequence[int]) -> str:
-        """The baseline with the highest mean value at the end of these seeds' runs."""
-        return max(self.baselines, key=lambda b: self.final(b, budget, column, seeds).mean())
+    def reference(self, budget: float, column: str, seeds: Sequence[int], baselines: Sequence[str] = ()) -> str:
+        """Of `baselines`, by default all, the one with the highest mean value at the end of these seeds' runs."""
+        return max(baselines or self.baselines, key=lambda b: self.final(b, budget, column, seeds).mean())
 
     def final(self, variant: str, budget: float, column: str, seeds: Sequence[int]) -> np.ndarray:
         """Values at the end of the runs, float (seeds,)."""
@@ -112,8 +112,11 @@ def variants_table(table: Table, budget: float) -> list[str]:
     return lines + [line for _, line in sorted(rows, key=lambda r: -r[0])]
 
 
-def speed_table(table: Table) -> list[str]:
-    """One line a variant and metric: epochs-to-match with its interval, RAUC, and the gain at the full budget."""
+def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
+    """One line a variant and metric: epochs-to-match with its interval, RAUC, and the gain at the full budget.
+
+    All are against the best of `baselines` at each budget.
+    """
     budgets = table.budgets
     lines = ['| variant | metric | epochs-to-match (95%) | RAUC | difference at E |', '|---|---|---|---|---|']
     for metric, title in METRICS.items():
@@ -121,7 +124,7 @@ def speed_table(table: Table) -> list[str]:
             seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in budgets)))
             if not seeds or metric not in table.measured(budgets[-1]):
                 continue
-            best = [table.reference(b, metric, seeds) for b in budgets]
+            best = [table.reference(b, metric, seeds, baselines) for b in budgets]
             values = np.array([table.final(variant, b, metric, seeds) for b in budgets]).T
             reference = np.array([table.final(v, b, metric, seeds) for v, b in zip(best, budgets, strict=True)]).T
             if speed.testable(reference[:, -2], reference[:, -1]):
@@ -157,7 +160,9 @@ def write(path: Path) -> None:
         f'An untrained network: {random}.',
     ]
     if len(table.budgets) > 1:
-        text += ['', '### Speed', '', *speed_table(table)]
+        text += ['', '### Speed', '', *speed_table(table, table.baselines)]
+        for base in table.baselines if len(table.baselines) > 1 else ():
+            text += ['', f'### Speed against `{base}` alone', '', *speed_table(table, [base])]
     for budget in reversed(table.budgets):
         text += ['', f'### {table.method}, {budget:g} epochs', '', *variants_table(table, budget)]
     path.with_suffix('.md').write_text('\n'.join(text) + '\n')
