@@ -6,7 +6,7 @@ The data are 10,000 + 2,000 images of Fashion-MNIST (28 x 28, grey), read by the
 table of four rows at the end: both encoders well above the random one.
 """
 
-from configs import base, mae_mto, simmim
+from configs import base, mae_mto, simmim, simmim_mto
 
 
 def small(c):
@@ -46,8 +46,10 @@ def small_simmim(c):
 def get_config(method: str = 'mae'):
     if method not in ('mae', 'simmim'):
         raise ValueError(f'unknown config argument {method!r}; it must be mae or simmim')
-    c = small(base.get_config()) if method == 'mae' else small_simmim(simmim.get_config())
-    c = mae_mto.with_mto(c)
+    if method == 'mae':
+        c = mae_mto.with_mto(small(base.get_config()))
+    else:
+        c = simmim_mto.with_mto(small_simmim(simmim.get_config()))
     c.task = 'compare'
     c.log_every = 100
     c.diagnose_every = 350
