@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     c.finetune.optim = _optim()
 
     c.study = ConfigDict()  # python -m mto_jax.study
-    c.study.variants = ConfigDict()  # {name: {field: value, ...}}: what each changes in this config; one is 'baseline'
+    c.study.variants = ConfigDict()  # {name: {field: value}}: changes to this; one is 'baseline', more may begin so
     c.study.seeds = (0,)
     c.study.budgets = ()  # epochs of each training; () for `epochs`. The warm-up and the decays scale along
     c.study.evaluations = 4  # of a training of the largest budget, evenly spaced; the others: at their end only
