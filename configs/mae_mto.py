@@ -2,7 +2,8 @@
 
     python main.py --config=configs/mae_mto.py        # ViT-B/16; mae_mto.py:vit_l and mae_mto.py:vit_h for the others
 
-MTO's fields are this project's own choice from small experiments, not the paper's: docs/results.md has what they gain.
+MTO's fields are this project's own choice from small experiments, not the paper's, and half the epochs is
+the paper's claim: docs/results.md has what was measured.
 """
 
 from configs import mae

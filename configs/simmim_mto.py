@@ -2,7 +2,8 @@
 
 python main.py --config=configs/simmim_mto.py     # simmim_mto.py:vit_l for the large model
 
-MTO's fields are this project's own choice from small experiments, not the paper's: docs/results.md has what they gain.
+MTO's fields are this project's own choice from small experiments, not the paper's, and half the epochs is
+the paper's claim: docs/results.md has what was measured.
 """
 
 from configs import simmim

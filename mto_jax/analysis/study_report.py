@@ -75,7 +75,8 @@ class Table:
 
     def random(self, column: str) -> float:
         """Mean value of the untrained network."""
-        return float(np.mean([r[column] for r in self._rows if r['epoch'] == 0] or [np.nan]))
+        found = {r['seed']: r[column] for r in self._rows if r['epoch'] == 0}  # a seed may have more than one row
+        return float(np.mean(list(found.values()) or [np.nan]))
 
     def heterogeneity(self, variant: str, budget: float) -> np.ndarray:
         """Mean over the seeds at the end of the runs, (blocks,)."""
