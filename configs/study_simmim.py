@@ -71,6 +71,9 @@ def tune(c):
     return c
 
 
+APART = {'recalibration': 'exclude', 'exclude_blocks': 2, 'rows': 'all'}  # masked queries too read visible keys alone
+
+
 def mto(**fields) -> dict:
     """The change that turns MTO on with these fields."""
     return {'mto': {'enabled': True, **fields}}
@@ -129,7 +132,6 @@ def explore(c):
 def refine(c):
     """The best of `explore` and of `tune` on a second seed, and what the best make together."""
     c = explore(c)
-    apart = {'recalibration': 'exclude', 'exclude_blocks': 2, 'rows': 'all'}
     kept = ('baseline', 'exclude 2, all rows', 'r', 'e r, margin 5%', 'e r, e fades', 'spa strong')
     c.study.variants = {n: v for n, v in c.study.variants.items() if n in kept} | {
         'rate 8e-3': {'optim': rate(c, 8e-3)},
@@ -142,19 +144,18 @@ def refine(c):
             'optim': rate(c, 8e-3),
         },
         'spa strong, r': mto(w_spa=1.0, w_r=1.0, initial_blocks=1),
-        'spa strong, exclude 2, all rows': mto(w_spa=1.0, **apart),
-        'r, exclude 2, all rows': mto(w_r=1.0, initial_blocks=1, **apart),
-        'far token, exclude 2, all rows': {**mto(**apart), 'model': {'mask_token_scale': 50.0}},
+        'spa strong, exclude 2, all rows': mto(w_spa=1.0, **APART),
+        'r, exclude 2, all rows': mto(w_r=1.0, initial_blocks=1, **APART),
+        'far token, exclude 2, all rows': {**mto(**APART), 'model': {'mask_token_scale': 50.0}},
     }
     c.study.seeds = (0, 1)
     return c
 
 
 def halve(c):
-    """L_spa tuned for half the epochs: rates between `refine`'s two, weights, mask ratios, and with exclusion."""
+    """L_spa tuned for half the epochs: rates from 1e-3 to 8e-3, weights, clipping, mask ratios, and with exclusion."""
     c = explore(c)
     faster = {'optim': rate(c, 4e-3)}
-    apart = {'recalibration': 'exclude', 'exclude_blocks': 2, 'rows': 'all'}
     c.study.variants = {
         'baseline': {'optim': rate(c, 8e-3)},
         'rate 4e-3': faster,
@@ -166,10 +167,10 @@ def halve(c):
         'spa strong, rate 4e-3': {**mto(w_spa=1.0), **faster},
         'spa stronger, rate 4e-3': {**mto(w_spa=3.0), **faster},
         'spa strongest, rate 4e-3': {**mto(w_spa=10.0), **faster},
-        'spa stronger, rate 4e-3, no clipping': {**mto(w_spa=3.0), 'optim': rate(c, 4e-3) | {'clip_norm': 0.0}},
+        'spa stronger, rate 4e-3, no clipping': {**mto(w_spa=3.0), 'optim': faster['optim'] | {'clip_norm': 0.0}},
         'spa stronger, rate 4e-3, ratio 75%': {**mto(w_spa=3.0), **faster, 'mask_ratio': 0.75},
         'spa stronger, rate 4e-3, ratio 50%': {**mto(w_spa=3.0), **faster, 'mask_ratio': 0.5},
-        'spa stronger, exclude 2, all rows, rate 4e-3': {**mto(w_spa=3.0, **apart), **faster},
+        'spa stronger, exclude 2, all rows, rate 4e-3': {**mto(w_spa=3.0, **APART), **faster},
         'spa stronger, exclude all, rate 4e-3': {
             **mto(w_spa=3.0, recalibration='exclude', exclude_blocks=-1),
             **faster,

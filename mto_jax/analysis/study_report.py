@@ -47,9 +47,9 @@ class Table:
         """Seeds that the variant and all baselines have finished, ascending."""
         return sorted(set.intersection(*(self.seeds(v, budget) for v in (variant, *self.baselines))))
 
-    def reference(self, budget: float, column: str, seeds: Sequence[int], baselines: Sequence[str] = ()) -> str:
-        """Of `baselines`, by default all, the one with the highest mean value at the end of these seeds' runs."""
-        return max(baselines or self.baselines, key=lambda b: self.final(b, budget, column, seeds).mean())
+    def reference(self, budget: float, column: str, seeds: Sequence[int], baselines: Sequence[str]) -> str:
+        """Of `baselines` the one with the highest mean value at the end of these seeds' runs."""
+        return max(baselines, key=lambda b: self.final(b, budget, column, seeds).mean())
 
     def final(self, variant: str, budget: float, column: str, seeds: Sequence[int]) -> np.ndarray:
         """Values at the end of the runs, float (seeds,)."""
@@ -102,7 +102,7 @@ def variants_table(table: Table, budget: float) -> list[str]:
             continue
         cells, rank = [], 0.0
         for m in columns:
-            base = table.reference(budget, m, seeds)
+            base = table.reference(budget, m, seeds, table.baselines)
             values, reference = table.final(variant, budget, m, seeds), table.final(base, budget, m, seeds)
             gain, half = speed.paired(values, reference)
             rank += gain
