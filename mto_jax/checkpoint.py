@@ -7,8 +7,9 @@ flipped bit, so a restored state is compared with it.
 
 import contextlib
 import math
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,25 +26,40 @@ from mto_jax.train_state import TrainState
 
 NAME = 'checkpoints'  # of the folder in a workdir
 ASIDE = 'damaged'  # where what cannot be restored is moved
+DELETION = 5.0  # seconds within which a checkpoint that is being deleted is gone
+
+T = TypeVar('T')
 
 
 class Checkpointer:
-    """Saves and restores the states of one workdir. Saving is asynchronous; `close` waits for it."""
+    """Saves and restores the states of one workdir. Saving is asynchronous; `close` waits for it.
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 1):
+    Args:
+      workdir: holds the checkpoints.
+      keep: how many of the newest are kept.
+      read_only: for everyone but the job that holds the workdir's lock: nothing in it is written, cleaned or deleted.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 1, read_only: bool = False):
         self.workdir = epath.Path(workdir).resolve()
         self.directory = self.workdir / NAME
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),
-                preservation_policy.BestN(get_metric_fn=lambda m: m['score'], n=1),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda m: m['score'], n=1, keep_checkpoints_without_metrics=False
+                ),
             ]
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
             # best_fn beside the policy: without it no metrics are written, and a later process would keep everything.
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=lambda m: m['score'], cleanup_tmp_directories=True
+                preservation_policy=policy,
+                best_fn=lambda m: m['score'],
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
             # Named here, so that a new process can read the metadata of what an earlier one saved.
             item_handlers={
@@ -61,12 +77,13 @@ class Checkpointer:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, config: Mapping[str, Any], score: float, about: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, config: Mapping[str, Any], score: float | None, about: Mapping[str, Any]) -> None:
         """Start to save `state` under its step.
 
         Args:
           config: of the run.
-          score: higher is better; the best one is kept beside the newest.
+          score: of this very state, higher is better: the best one is kept in addition to the newest. None if it was
+            not evaluated.
           about: plain values, see `environment.describe`.
 
         Raises:
@@ -80,7 +97,8 @@ class Checkpointer:
             about=ocp.args.JsonSave({**about, 'checksums': sums}),
         )
         with self._explained():
-            self._manager.save(int(state.step), args=args, metrics={'score': float(score)}, force=True)
+            metrics = None if score is None else {'score': float(score)}
+            self._manager.save(int(state.step), args=args, metrics=metrics, force=True)
 
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that is whole, or None where nothing was ever saved.
@@ -241,10 +259,15 @@ def checksums(tree: Any) -> dict[str, int]:
     do elements that changed places. Computed on the devices.
     """
     leaves = {path: leaf for path, (leaf, *_) in _flat(tree, keep=True).items()}
-    return {path: int(v) for path, v in jax.device_get({p: _checksum(x) for p, x in leaves.items()}).items()}
+    return {path: int(v) for path, v in jax.device_get(_checksums(leaves)).items()}
 
 
 @jax.jit
+def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    # One program for all arrays: many small ones in flight, each with a reduction over devices, deadlock on a CPU.
+    return {path: _checksum(x) for path, x in leaves.items()}
+
+
 def _checksum(x: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
@@ -289,3 +312,41 @@ def locate(path: str) -> tuple[epath.Path, int]:
             'checkpoints/<step>, with --config.checkpoint'
         )
     return where, max(steps)
+
+
+def read(path: str, load: Callable[[Checkpointer, int], T]) -> tuple[epath.Path, int, T]:
+    """Read a checkpoint of a workdir that another job may be training in: `(workdir, step, load(checkpointer, step))`.
+
+    Where the newest checkpoint is deleted while it is read, the newest one that is there then is used, and said so.
+
+    Args:
+      path: as for `locate`.
+      load: reads what is needed; called once per attempt. The checkpointer is read-only.
+
+    Raises:
+      UserError: if there is no checkpoint, and whatever `load` raises.
+    """
+    while True:
+        with hosts.together():
+            workdir, step = locate(path)
+        step = hosts.gather(step)[0]
+        problem, found = '', None
+        with contextlib.closing(Checkpointer(workdir, read_only=True)) as reader:
+            try:
+                found = load(reader, step)
+            except Damaged as e:
+                problem = str(e)
+        problem = next(filter(None, hosts.gather(problem)), '')
+        if not problem:
+            return workdir, step, found
+        if not hosts.gather(_is_gone(workdir / NAME / str(step)))[0]:
+            raise Damaged(problem)
+        say(f'the checkpoint {workdir / NAME / str(step)} was deleted while it was read; looking for the next newest')
+
+
+def _is_gone(path: epath.Path) -> bool:
+    """Whether `path` does not exist, waiting for a deletion that may be under way."""
+    deadline = time.monotonic() + DELETION
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not path.exists()

@@ -42,7 +42,11 @@ def layer_scales(params, layer_decay: float):
 
 def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW as `config.optim` has it: behind clipping by the global norm where `clip_norm` is positive, and with the
-    rates of `layer_scales` where `layer_decay` is not 1."""
+    rates of `layer_scales` where `layer_decay` is not 1.
+
+    Its state has the same tree whatever these two are, so that a run can resume with another choice.
+    """
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     tx = optax.adamw(
         schedule,
         b1=optim.b1,
@@ -51,10 +55,9 @@ def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
         weight_decay=optim.weight_decay,
         mask=lambda params: decay_mask(params, optim.decay_tokens),
     )
+    by_layer = optax.identity()
     if optim.layer_decay != 1.0:
-
-        def by_layer(updates, params):
-            return jax.tree.map(lambda u, s: u * s, updates, layer_scales(params, optim.layer_decay))
-
-        tx = optax.chain(tx, optax.stateless(by_layer))
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx) if optim.clip_norm else tx
+        by_layer = optax.stateless(
+            lambda updates, params: jax.tree.map(lambda u, s: u * s, updates, layer_scales(params, optim.layer_decay))
+        )
+    return optax.chain(clip, tx, by_layer)

@@ -8,7 +8,6 @@ import contextlib
 from functools import partial
 
 import jax
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -19,7 +18,10 @@ from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
 from mto_jax.metrics import Log, Progress, describe_params, read_history, say
 from mto_jax.train_state import Meter, TrainState
-from mto_jax.workdir import hold
+from mto_jax.workdir import hold, record, require_same
+
+# What a changed field that matters needs where there is something to resume.
+RESUME = 'where there is a checkpoint, add --config.resume_anyway=True'
 
 
 def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -46,11 +48,15 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
     with (
         jax.set_mesh(mesh),
-        _held(workdir, config, about),
+        _held(workdir),
         contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep)) as saver,
         preemption.watch() as told_to_end,
     ):
-        return _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end)
+        if saver.steps and not config.resume_anyway:
+            with hosts.together():
+                require_same(workdir, config.to_dict())
+        with _memory_explained():
+            return _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end)
 
 
 def _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end) -> TrainState:
@@ -61,6 +67,10 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
     if state is None:
         state = jax.jit(create, out_shardings=sharding)()
     start = int(state.step)
+    # Only now: a config that the checkpoint does not fit must not replace the one that it does.
+    with hosts.together():
+        if hosts.is_first():
+            record(workdir, config.to_dict(), about)
     say(f'{config.method}, MTO {"on" if training.method.settings else "off"}: {describe_params(state.params)}')
     say(
         f'{source.num_examples:,} images, batch {config.batch_size}, {per_epoch} steps an epoch, '
@@ -95,8 +105,8 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         if hosts.is_first():
             plots.triplets(workdir / 'reconstructions.png', shown, config.log_images)
 
-    reporter = _Reporter(log, Progress(start, total, config.batch_size, per_epoch), saver, training.names)
-    meter, found = reporter.new_meter(), {}
+    reporter = _Reporter(log, Progress(start, total, config.batch_size, per_epoch), saver, training.names, config)
+    meter = reporter.new_meter()
     try:
         if not start and config.diagnose_every:
             see(0)
@@ -107,22 +117,23 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
                 bool(every) and (last or step % every == 0)
                 for every in (config.diagnose_every, eval_every, config.checkpoints.every)
             )
-            due_save |= last
+            due_save |= last or due_eval  # a state that was evaluated may be the best
             if last or ending or step % config.log_every == 0:
                 meter = reporter.interval(step, meter, batches.reset())
                 saver.poll()
             if not (due_look or due_eval or due_save or ending):
                 continue
             reporter.require_finite(meter)
+            score = None
             if due_look and not ending:
                 see(step)
             if due_eval and not ending:
                 found = probes.probe(encode, state.params, config, mesh, config.data.val_split, ('knn',))
                 log.scalars(step, {f'val_{k}': v for k, v in found.items()})
                 say(f'step {step} validation: ' + ', '.join(f'{k} {v:.4f}' for k, v in found.items()))
+                score = found[f'knn_{config.eval.knn_k[-1]}']
             if due_save or ending:
                 log.flush()
-                score = found.get(f'knn_{config.eval.knn_k[-1]}', -reporter.loss)
                 saver.save(state, config.to_dict(), score, about)
             if ending and not last:
                 saver.wait()
@@ -142,13 +153,29 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
 
 
 @contextlib.contextmanager
-def _held(workdir, config, about):
+def _held(workdir):
     """The workdir, held by the first process for all."""
     with contextlib.ExitStack() as stack:
         with hosts.together():
             if hosts.is_first():
-                stack.enter_context(hold(workdir, config.to_dict(), about, config.resume_anyway))
+                stack.enter_context(hold(workdir))
         yield
+
+
+@contextlib.contextmanager
+def _memory_explained():
+    """Say what helps where a device runs out of memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise
+        first = next(iter(str(e).splitlines()))[:300]
+        raise UserError(
+            f'out of device memory ({first}). Start again with --config.accumulate=2 (the same batch in microbatches), '
+            '--config.model.remat=True (recompute blocks) or --config.mesh.fsdp=-1 --config.mesh.data=1 (split the '
+            f'state); {RESUME}'
+        ) from e
 
 
 def _require_accelerator(config) -> None:
@@ -174,14 +201,10 @@ def _changed(before, now) -> list[str]:
 
 
 class _Reporter:
-    """Reads the meter of an interval when the next one ends, so that the device never waits for the log.
+    """Reads the meter of an interval when the next one ends, so that the device never waits for the log."""
 
-    Attributes:
-      loss: mean loss of the last interval that was read.
-    """
-
-    def __init__(self, log: Log, progress: Progress, saver: checkpoint.Checkpointer, names):
-        self.progress, self.loss = progress, np.inf
+    def __init__(self, log: Log, progress: Progress, saver: checkpoint.Checkpointer, names, config):
+        self.progress, self._config = progress, config
         self._log, self._saver, self._names, self._pending = log, saver, names, None
 
     def new_meter(self) -> Meter:
@@ -196,10 +219,7 @@ class _Reporter:
     def require_finite(self, meter: Meter) -> None:
         """Report what is pending and wait for `meter`: raises UserError if anything up to now was not finite."""
         self._flush()
-        meter = jax.device_get(meter)
-        self._check(meter)
-        if meter.count and not np.isfinite(self.loss):
-            self.loss = float(meter.sums['loss'] / meter.count)
+        self._check(jax.device_get(meter))
 
     def _flush(self) -> None:
         if self._pending is None:
@@ -210,7 +230,6 @@ class _Reporter:
         values = {n: float(total / meter.count) for n, total in meter.sums.items()}
         # Measured now that the device has finished the interval, not when the host had handed it over.
         values |= self.progress.measure(step, waited)
-        self.loss = values['loss']
         self._log.scalars(step, values)
         say(self.progress.line(step, values))
 
@@ -220,10 +239,15 @@ class _Reporter:
             return
         step = min(bad.values())
         self._saver.wait()
-        good = self._saver.latest()
+        good, config = self._saver.latest(), self._config
+        cures = [f'--config.optim.base_lr={config.optim.base_lr / 2:g}']
+        if not 0 < config.optim.clip_norm <= 1:
+            cures.insert(0, '--config.optim.clip_norm=1')
+        if config.model.dtype != 'float32':
+            cures.append('--config.model.dtype=float32')
         raise UserError(
             f'not finite at step {step}: {", ".join(n for n, s in bad.items() if s == step)}. No state from there on '
             f'was saved; the last good checkpoint is '
             + (f'{self._saver.directory / str(good)}' if good is not None else 'none')
-            + '. Try a lower optim.base_lr, optim.clip_norm=1 or model.dtype=float32.'
+            + f'. Start again with {" or ".join(cures)}; {RESUME}'
         )

@@ -35,7 +35,7 @@ FREE_FIELDS = (
     'allow_cpu',
     'task',
 )
-FREE_FIELDS += ('checkpoint', 'data.data_dir', 'data.threads', 'data.val_split', 'data.test_split')
+FREE_FIELDS += ('checkpoint', 'data.data_dir', 'data.threads', 'data.on_error', 'data.val_split', 'data.test_split')
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
@@ -47,18 +47,13 @@ def write(path: epath.Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def hold(
-    workdir: epath.Path, config: Mapping[str, Any], about: Mapping[str, Any], resume_anyway: bool
-) -> Iterator[None]:
-    """Take the workdir for this job; write `config.json`, comparing it with the run's that is to be resumed.
-
-    `about` (see `environment.describe`) becomes `environment.json`.
+def hold(workdir: epath.Path) -> Iterator[None]:
+    """Take the workdir for this job: only the job that holds it may write or clean in it.
 
     Raises:
-      UserError: if another job holds it, it cannot be written, or fields that matter differ and `resume_anyway` is not
-        set. Nothing in it has changed then.
+      UserError: if another job holds it, or it cannot be written. Nothing in it has changed then.
     """
-    workdir, path = epath.Path(workdir), epath.Path(workdir) / 'config.json'
+    workdir = epath.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = _Lock(workdir / 'lock.json')
@@ -66,19 +61,32 @@ def hold(
     except OSError as e:
         raise UserError(f'the workdir {workdir} cannot be written: {e.strerror or e}') from None
     try:
-        if path.exists():
-            changed = differences(read_json(path), json.loads(json.dumps(config)))
-            if changed and not resume_anyway:
-                raise UserError(
-                    f'{workdir} holds a run with another config:\n'
-                    + '\n'.join(f'  {k}: {a!r} there, {b!r} now' for k, (a, b) in changed.items())
-                    + '\nChoose another --workdir, or set --config.resume_anyway=True to go on with the new values.'
-                )
-        write(path, json.dumps(config, indent=2) + '\n')
-        write(workdir / 'environment.json', json.dumps(about, indent=2) + '\n')
         yield
     finally:
         lock.release()
+
+
+def require_same(workdir: epath.Path, config: Mapping[str, Any]) -> None:
+    """Compare `config` with the one that the run in `workdir` was last started with.
+
+    Raises:
+      UserError: listing the fields that differ and matter.
+    """
+    path = epath.Path(workdir) / 'config.json'
+    changed = differences(read_json(path), json.loads(json.dumps(config))) if path.exists() else {}
+    if changed:
+        raise UserError(
+            f'{workdir} holds a run with another config:\n'
+            + '\n'.join(f'  {k}: {a!r} there, {b!r} now' for k, (a, b) in changed.items())
+            + '\nChoose another --workdir, or resume with the new values: --config.resume_anyway=True'
+        )
+
+
+def record(workdir: epath.Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write `config.json`, and `environment.json` (see `environment.describe`): of the run that is about to train."""
+    workdir = epath.Path(workdir)
+    write(workdir / 'config.json', json.dumps(config, indent=2) + '\n')
+    write(workdir / 'environment.json', json.dumps(about, indent=2) + '\n')
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -90,7 +98,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         return found
     except ValueError as e:
         raise UserError(
-            f'{path} is damaged ({e}); restore it, or delete it to go on with the config given now'
+            f'{path} is damaged ({e}); restore it, or delete it to resume with the config given now'
         ) from None
 
 

@@ -18,8 +18,8 @@ from etils import epath
 from etils.epath import backend, gpath
 
 from benchmarks import faults
-from configs import base
-from mto_jax import checkpoint, job, metrics, parallel, trainer, workdir
+from configs import base, knn
+from mto_jax import checkpoint, job, metrics, parallel, tasks, trainer, workdir
 from mto_jax.analysis import plots
 from mto_jax.errors import UserError
 from tests.conftest import shrink
@@ -93,6 +93,70 @@ def test_bits_that_the_reader_accepts_are_caught_by_the_checksum(finished_run, t
 
 
 @ORBAX_LEFTOVERS
+def listing(folder):
+    """{path: time of the last change} of everything in a folder."""
+    return {p: p.stat().st_mtime_ns for p in [folder, *folder.rglob('*')]}
+
+
+def knn_config(run):
+    c = knn.get_config()
+    c.checkpoint, c.eval.batch_size = str(run), 32
+    return c
+
+
+def test_an_evaluation_leaves_the_workdir_as_it_is(finished_run, tmp_path):
+    """Also the temporary folder of a save that the training job has under way."""
+    run = tmp_path / 'run'
+    shutil.copytree(finished_run[1], run)
+    (run / 'checkpoints' / '25.orbax-checkpoint-tmp').mkdir()
+    before = listing(run)
+    assert tasks.run(knn_config(run), tmp_path / 'out')['step'] == 8
+    assert listing(run) == before
+
+
+@ORBAX_LEFTOVERS
+def test_a_checkpoint_that_is_deleted_while_it_is_read(finished_run, tmp_path, monkeypatch, capsys):
+    """The training job deletes step 8 once its config has been read: step 6 is used. A step that was named is not
+    replaced by another."""
+    run = tmp_path / 'run'
+    shutil.copytree(finished_run[1], run)
+    restore = checkpoint.Checkpointer.restore_params
+
+    def late(self, abstract, step):
+        if step == 8:
+            shutil.rmtree(run / 'checkpoints' / '8')
+        return restore(self, abstract, step)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, 'restore_params', late)
+    assert tasks.run(knn_config(run), tmp_path / 'out')['step'] == 6
+    assert 'checkpoints/8 was deleted while it was read; looking for the next newest' in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'checkpoints/8.: no checkpoint there'):
+        tasks.run(knn_config(run / 'checkpoints' / '8'), tmp_path / 'out')
+
+
+@ORBAX_LEFTOVERS
+def test_a_damaged_checkpoint_is_not_taken_for_a_deleted_one(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'DELETION', 0.2)
+    shutil.copytree(finished_run[1], tmp_path / 'run')
+    faults.damage(tmp_path / 'run' / 'checkpoints' / '8', 'empty', random.Random(0))
+    before = listing(tmp_path / 'run')
+    with pytest.raises(checkpoint.Damaged, match='checkpoints/8 cannot be read'):
+        tasks.run(knn_config(tmp_path / 'run'), tmp_path / 'out')
+    assert listing(tmp_path / 'run') == before
+
+
+@pytest.mark.parametrize(('fsdp', 'tensor'), [(4, 1), (1, 4)])
+def test_frequent_saves_on_a_split_mesh(config, tmp_path, fsdp, tensor):
+    """Checksums in a program per array would deadlock here, for want of a thread per device, and XLA would abort."""
+    c = config
+    c.model.width, c.model.heads, c.mae.decoder_width, c.mae.decoder_heads = 64, 4, 32, 4
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, fsdp, tensor
+    c.diagnose_every, c.checkpoints.every = 0, 1
+    trainer.pretrain(c, tmp_path)
+    assert (tmp_path / 'checkpoints' / '8').is_dir()
+
+
+@ORBAX_LEFTOVERS
 def test_all_damaged_stops(finished_run, tmp_path):
     config, folder, _ = finished_run
     shutil.copytree(folder, tmp_path / 'run')
@@ -139,8 +203,8 @@ def test_a_workdir_that_cannot_be_written(config, tmp_path):
 
 
 def test_two_jobs_cannot_share_a_workdir(tmp_path):
-    other = 'from mto_jax import workdir; import sys; workdir.hold(sys.argv[1], {}, {}, False).__enter__()'
-    with workdir.hold(tmp_path, {}, {}, False):
+    other = 'from mto_jax import workdir; import sys; workdir.hold(sys.argv[1]).__enter__()'
+    with workdir.hold(tmp_path):
         command = [sys.executable, '-c', other, str(tmp_path)]
         out = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert f'in use by process {os.getpid()} on' in out.stderr
@@ -153,7 +217,7 @@ def test_a_dead_jobs_workdir_is_taken_over(tmp_path):
     gone.wait()
     mine = {'token': 'x', 'host': workdir.socket.gethostname(), 'pid': gone.pid, 'beat': time.time()}
     (tmp_path / 'lock.json').write_text(json.dumps(mine))
-    with workdir.hold(tmp_path, {}, {}, False):
+    with workdir.hold(tmp_path):
         assert json.loads((tmp_path / 'lock.json').read_text())['pid'] == os.getpid()
 
 
@@ -161,7 +225,7 @@ def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, 'STALE', 2.0)
     theirs = {'token': 'x', 'host': 'elsewhere', 'pid': 1, 'beat': 0.0}
     (tmp_path / 'lock.json').write_text(json.dumps(theirs))
-    with workdir.hold(tmp_path, {}, {}, False):
+    with workdir.hold(tmp_path):
         pass
     (tmp_path / 'lock.json').write_text(json.dumps(theirs))
 
@@ -170,14 +234,14 @@ def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
         (tmp_path / 'lock.json').write_text(json.dumps(theirs | {'beat': 1.0}))
 
     threading.Thread(target=beat).start()
-    with pytest.raises(UserError, match='in use by process 1 on elsewhere'), workdir.hold(tmp_path, {}, {}, False):
+    with pytest.raises(UserError, match='in use by process 1 on elsewhere'), workdir.hold(tmp_path):
         pass
 
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / 'config.json').write_text('{"a"')
-    with pytest.raises(UserError, match=r'config.json is damaged'), workdir.hold(tmp_path, {'a': 1}, {}, False):
-        pass
+    with pytest.raises(UserError, match=r'config.json is damaged'):
+        workdir.require_same(tmp_path, {'a': 1})
 
 
 def test_writing_is_all_or_nothing(tmp_path):
@@ -212,7 +276,8 @@ def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
     bucket = FakeBucket(tmp_path)
     monkeypatch.setattr(gpath.PosixGPath, '_backend', property(lambda self: bucket))
     place = epath.Path('gs://bucket/runs/a')
-    with workdir.hold(place, {'seed': 1}, {}, False):
+    with workdir.hold(place):
+        workdir.record(place, {'seed': 1}, {})
         assert (tmp_path / 'runs' / 'a' / 'lock.json').exists()
         workdir.write(place / 'metrics.jsonl', '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
         history = metrics.read_history(place)
@@ -221,8 +286,8 @@ def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
     assert (tmp_path / 'runs' / 'a' / 'curves.png').read_bytes().startswith(b'\x89PNG')
     names = ['config.json', 'curves.png', 'environment.json', 'metrics.jsonl']
     assert sorted(p.name for p in (tmp_path / 'runs' / 'a').iterdir()) == names
-    with pytest.raises(UserError, match='seed: 1 there, 2 now'), workdir.hold(place, {'seed': 2}, {}, False):
-        pass
+    with pytest.raises(UserError, match='seed: 1 there, 2 now'):
+        workdir.require_same(place, {'seed': 2})
     (tmp_path / 'runs' / 'a' / 'checkpoints' / '12').mkdir(parents=True)
     assert checkpoint.locate('gs://bucket/runs/a') == (place, 12)
 

@@ -67,7 +67,7 @@ def test_meshes_agree_with_one_device(config, rng, method, meshes):
 def check_shards(state, mesh):
     """Parameters and both moments: large ones lie in parts on the devices, as many as the mesh says."""
     _, fsdp, tensor = mesh
-    moments = state.opt_state[0]
+    moments = state.opt_state[1][0]  # of the chain: clipping, AdamW, layer decay
     for tree in (state.params, moments.mu, moments.nu):
         blocks = tree['encoder']['blocks']['block0']
         for leaf, parts in (

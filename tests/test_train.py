@@ -1,8 +1,11 @@
 """The step, the loop, resuming, stopping on a non-finite term, and every shipped config for two steps."""
 
+import ast
+import contextlib
 import importlib
 import json
 import math
+import re
 import shutil
 
 import flax.linen as nn
@@ -13,8 +16,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, methods, objective, optim, schedules, tasks, train_state, trainer
+from mto_jax import checkpoint, job, methods, objective, optim, schedules, tasks, train_state, trainer
 from mto_jax.errors import UserError
+from mto_jax.evals import probes
 from mto_jax.metrics import read_history
 from mto_jax.models import vit
 from mto_jax.models.layers import Block, trunc_normal_one_std
@@ -232,18 +236,127 @@ def test_another_model_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize('restarts', [False, True])
-def test_newest_and_best_are_kept(config, tmp_path, restarts):
-    """keep=1 and scores 3, 9, 1, 2: the best (step 2) stays beside the newest (step 4), also over restarts."""
+@pytest.mark.parametrize(
+    ('scores', 'kept'),
+    [
+        (((1, 3.0), (2, 9.0), (3, 1.0), (4, 2.0)), [2, 4]),
+        (((1, None), (2, 9.0), (3, None), (4, None)), [2, 4]),
+        (((1, None), (2, None)), [2]),
+    ],
+)
+def test_newest_and_best_are_kept(config, tmp_path, restarts, scores, kept):
+    """keep=1: the best stays in addition to the newest, also over restarts; a state without a score is never best."""
     _, state, _, _ = build_step(config)
     saver = checkpoint.Checkpointer(tmp_path, keep=1)
-    for step, score in ((1, 3.0), (2, 9.0), (3, 1.0), (4, 2.0)):
+    for step, score in scores:
         saver.save(state.replace(step=jnp.int32(step)), config.to_dict(), score, {})
         saver.wait()
         if restarts:
             saver.close()
             saver = checkpoint.Checkpointer(tmp_path, keep=1)
-    assert saver.steps == [2, 4]
+    assert saver.steps == kept
     saver.close()
+
+
+def test_the_best_is_the_checkpoint_that_was_evaluated(config, tmp_path, monkeypatch):
+    """kNN every 4 steps, saves every 3: the best score is that of step 4, and step 4 is what is kept."""
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(probes, 'probe', lambda *args: {f'knn_{k}': next(scores) for k in config.eval.knn_k[-1:]})
+    config.checkpoints.every, config.checkpoints.keep, config.eval.every_epochs = 3, 1, 1.0
+    trainer.pretrain(config, tmp_path)
+    kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
+    assert kept == [4, 8]
+
+
+def follow(config, advice):
+    """A copy of `config` with the flags that a message names set as it says."""
+    changed = ConfigDict(config.to_dict())
+    flags = re.findall(r'--config\.([\w.]+)=([\w.+-]*\w)', advice)
+    assert flags, advice
+    for name, value in flags:
+        with changed.ignore_type(), contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+        *parents, last = name.split('.')
+        part = changed
+        for parent in parents:
+            part = part[parent]
+        part[last] = type(part[last])(value)
+    return changed
+
+
+def diverge_at(step, monkeypatch):
+    """Make the loss of one step NaN unless the gradient is clipped, the rate lowered or the precision raised."""
+    original = objective.pretrain_loss
+
+    def poisoned(method, data):
+        loss_fn = original(method, data)
+
+        def at_step(params, batch, key, progress):
+            loss, terms = loss_fn(params, batch, key, progress)
+            return loss * jnp.where(jnp.isclose(progress, (step - 1) / 8), jnp.nan, 1.0), terms
+
+        return at_step
+
+    monkeypatch.setattr(objective, 'pretrain_loss', poisoned)
+
+
+@pytest.mark.parametrize('step', [1, 5])
+def test_advice_after_divergence_can_be_followed(config, tmp_path, step):
+    """Each cure that the message names resumes, alone and with the others; a start before any save refuses nothing;
+    and after an attempt that does not fit the checkpoint the original command still resumes."""
+    config.checkpoints.every, config.log_every, config.model.dtype = 2, 1, 'bfloat16'
+    with pytest.MonkeyPatch.context() as m:
+        diverge_at(step, m)
+        with pytest.raises(UserError, match=f'not finite at step {step}') as e:
+            trainer.pretrain(config, tmp_path)
+        cures = re.findall(r'--config\.(?!resume)\S+\w', str(e.value))
+        assert [c.partition('=')[0] for c in cures] == [
+            f'--config.{n}' for n in ('optim.clip_norm', 'optim.base_lr', 'model.dtype')
+        ]
+        for cure in cures:  # the cure is allowed, though it does not cure this made disease
+            shutil.copytree(tmp_path, tmp_path.parent / 'cured', dirs_exist_ok=True)
+            changed = follow(config, cure)
+            with pytest.raises(UserError, match='not finite' if step == 1 else 'holds a run with another config'):
+                trainer.pretrain(changed, tmp_path.parent / 'cured')
+            with pytest.raises(UserError, match='not finite'):
+                trainer.pretrain(follow(config, f'{cure} --config.resume_anyway=True'), tmp_path.parent / 'cured')
+            shutil.rmtree(tmp_path.parent / 'cured')
+    worse = follow(config, '--config.model.width=24 --config.resume_anyway=True')
+    if step == 5:
+        with pytest.raises(UserError, match='another model'):
+            trainer.pretrain(worse, tmp_path)
+        trainer.pretrain(config, tmp_path)
+    else:
+        trainer.pretrain(worse, tmp_path)  # nothing was saved, so nothing is refused
+
+
+def test_advice_without_memory_can_be_followed(config, tmp_path, monkeypatch):
+    """A device that runs out of memory at step 5: each way out that the message names resumes at step 4."""
+    config.checkpoints.every = 2
+    real = job.Job.step
+
+    def step(self, mesh):
+        run = real(self, mesh)
+
+        def limited(state, meter, batch, key):
+            if int(state.step) == 4:
+                raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.')
+            return run(state, meter, batch, key)
+
+        return limited
+
+    with monkeypatch.context() as m:
+        m.setattr(job.Job, 'step', step)
+        with pytest.raises(UserError, match='out of device memory') as e:
+            trainer.pretrain(config, tmp_path)
+    text = str(e.value)
+    ways = ['--config.accumulate=2', '--config.model.remat=True', '--config.mesh.fsdp=-1 --config.mesh.data=1']
+    assert '--config.resume_anyway=True' in text
+    for way in ways:
+        assert way in text
+        shutil.copytree(tmp_path, tmp_path.parent / 'resumed')
+        trainer.pretrain(follow(config, f'{way} --config.resume_anyway=True'), tmp_path.parent / 'resumed')
+        shutil.rmtree(tmp_path.parent / 'resumed')
 
 
 def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):

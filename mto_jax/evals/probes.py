@@ -44,17 +44,19 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     The model and its data come from the checkpoint's own config, the rest from `config.eval`. `config.data.data_dir`
     replaces the recorded one where it is set.
     """
-    trained, step = checkpoint.locate(config.checkpoint)
-    saver = checkpoint.Checkpointer(trained)
-    saved = ConfigDict(saver.config(step))
-    saved.eval, saved.task = config.eval, config.task
-    if config.data.data_dir:
-        saved.data.data_dir = config.data.data_dir
     mesh = parallel.make_mesh(**config.mesh)
-    method = methods.build(saved)
-    shapes = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
-    params = saver.restore_params(checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh)), step)
-    saver.close()
+
+    def load(reader, step):
+        saved = ConfigDict(reader.config(step))
+        saved.eval, saved.task = config.eval, config.task
+        if config.data.data_dir:
+            saved.data.data_dir = config.data.data_dir
+        method = methods.build(saved)
+        shapes = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
+        abstract = checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh))
+        return saved, method, reader.restore_params(abstract, step)
+
+    trained, step, (saved, method, params) = checkpoint.read(config.checkpoint, load)
     say(f'{config.task} of {trained} at step {step}, features: {saved.eval.features}')
     encode = features.encoder(method, saved)
     with jax.set_mesh(mesh):
