@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     c.data.crop = 'random_resized'  # random_resized, or resize (whole image, no crop)
     c.data.crop_area = (0.2, 1.0)  # share of the image a crop covers
     c.data.crop_aspect = (3 / 4, 4 / 3)  # width over height
-    c.data.eval_resize = 256  # shorter side before the centre crop; 0 resizes the whole image
+    c.data.eval_resize = 256  # shorter side before the centre crop, at least; 0 resizes to image_size, no crop
     c.data.flip = True
     c.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], one per channel
     c.data.std = (0.229, 0.224, 0.225)

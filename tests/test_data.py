@@ -213,6 +213,26 @@ def test_eval_crop_keeps_the_aspect(config):
 
 
 @pytest.mark.parametrize(
+    ('shape', 'frame', 'diameter', 'scale'),
+    [
+        ((300, 400), (384, 384), 180, 384 / 300),
+        ((400, 300), (384, 384), 180, 384 / 300),
+        ((600, 300), (224, 448), 120, 448 / 300),
+        ((300, 400), (224, 224), 180, 256 / 300),
+    ],
+)
+def test_eval_image_keeps_circles(config, shape, frame, diameter, scale):
+    """Also where an image whose shorter side is eval_resize does not cover image_size."""
+    config.data.image_size, config.data.channels, config.data.eval_resize = frame, 1, 256
+    y, x = np.indices(shape)
+    disc = (np.hypot(y - (shape[0] - 1) / 2, x - (shape[1] - 1) / 2) < diameter / 2).astype(np.uint8) * 255
+    out = pipeline.eval_image(tf.io.encode_png(disc[..., None]), config.data).numpy()[..., 0] > 127
+    assert out.shape == frame
+    assert out.any(1).sum() == pytest.approx(diameter * scale, abs=2)
+    assert out.any(0).sum() == pytest.approx(diameter * scale, abs=2)
+
+
+@pytest.mark.parametrize(
     ('change', 'split', 'word'),
     [
         ({'name': 'no_such_set'}, 'train', 'data.name'),

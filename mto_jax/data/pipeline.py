@@ -94,14 +94,17 @@ def train_image(encoded, seed, data) -> tf.Tensor:
 
 
 def eval_image(encoded, data) -> tf.Tensor:
-    """One evaluation image: shorter side to `eval_resize`, centre crop; or the whole image resized."""
+    """One evaluation image, uint8 (height, width, channels): scaled to keep its aspect, then centre-cropped.
+
+    The shorter side becomes `eval_resize`, or longer where the image would not cover `image_size`. With `eval_resize` 0
+    the image is resized to `image_size` instead.
+    """
     image = decode(encoded, data.channels)
     height, width = data.image_size
     if data.eval_resize:
         shape = tf.cast(tf.shape(image)[:2], tf.float32)
-        scale = data.eval_resize / tf.reduce_min(shape)
-        # A frame larger than the resized image would pad it: never smaller than the crop.
-        size = tf.maximum(tf.cast(tf.round(shape * scale), tf.int32), [height, width])
+        scale = tf.maximum(data.eval_resize / tf.reduce_min(shape), tf.reduce_max((height, width) / shape))
+        size = tf.cast(tf.round(shape * scale), tf.int32)
         image = _resize(image, size)
         y, x = (size[0] - height) // 2, (size[1] - width) // 2
         image = image[y : y + height, x : x + width]
