@@ -329,11 +329,40 @@ def test_folder_labels_and_slices(tmp_path):
     ]
     assert train.labels.tolist() == [0, 1, 1]
     assert folder.open_folder(str(tmp_path), 'val').labels.tolist() == [2]
-    assert folder.open_folder(str(tmp_path), 'train[1:]').paths.tolist() == train.paths.tolist()[1:]
+    kept = folder.open_folder(str(tmp_path), 'train[1:]').paths.tolist()
+    assert sorted(kept + folder.open_folder(str(tmp_path), 'train[:1]').paths.tolist()) == train.paths.tolist()
+    assert kept == sorted(kept)
     assert train.order(None) != folder.open_folder(str(tmp_path), 'train[1:]').order(None)
-    for split, word in (('test', 'folders are train, val'), ('train[3:]', 'holds no image')):
+    (tmp_path / 'bare').mkdir()
+    folder._listing.cache_clear()
+    for split, word in (('test', 'are bare, train, val'), ('train[3:]', 'holds no image'), ('bare', 'holds no image')):
         with pytest.raises(UserError, match=word):
             folder.open_folder(str(tmp_path), split)
+
+
+@pytest.mark.parametrize('classes', [{'a': 60, 'b': 30, 'c': 10}, {'': 50}], ids=['classes', 'none'])
+def test_folder_slices_are_stratified(tmp_path, classes):
+    """Complementary slices hold every image once, each class in its proportion, and do not depend on the root."""
+    for root in ('one', 'another/place'):
+        for name, count in classes.items():
+            (tmp_path / root / 'train' / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / root / 'train' / name / f'{i:02}.jpg').touch()
+
+    def opened(split, root='one'):
+        found = folder.open_folder(str(tmp_path / root), split)
+        counts = np.unique(found.labels, return_counts=True)[1]
+        return [p.removeprefix(f'{tmp_path}/{root}/') for p in found.paths], counts
+
+    everything, counts = opened('train')
+    for slices in (('[:90%]', '[90%:]'), ('[:37]', '[37:]'), ('[:10%]', '[10%:55%]', '[55%:]')):
+        parts = [opened(f'train{s}') for s in slices]
+        assert sorted(p for paths, _ in parts for p in paths) == everything
+        for paths, found in parts:
+            np.testing.assert_allclose(found, counts * len(paths) / len(everything), atol=1)
+            assert paths != everything[: len(paths)]
+    assert opened('train[90%:]')[1].tolist() == [round(n / 10) for n in counts]
+    assert opened('train[:37]')[0] == opened('train[:37]', 'another/place')[0]
 
 
 def test_folder_with_stray_images(tmp_path):

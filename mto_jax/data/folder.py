@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from mto_jax.data.order import Part, split_range
+from mto_jax.data.order import Part, split_range, stratified
 from mto_jax.errors import UserError
 
 NAME = 'folder'
@@ -21,7 +21,7 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """One split: sorted files, read by path; `data.sources.Source` has what the methods mean.
+    """One split or a slice of it: sorted files, read by path; `data.sources.Source` has what the methods mean.
 
     Attributes:
       paths: str (n,).
@@ -58,7 +58,10 @@ class Folder:
 
 
 def open_folder(root: str, split: str) -> Folder:
-    """The images of one split, or of a slice of it like 'train[:90%]'.
+    """The images of one split, or of a slice of it like 'train[:90%]', sorted by path.
+
+    Slices are of a fixed pseudo-random order with the classes in proportion (`order.stratified`), since by path the
+    first images are all of one class.
 
     Raises:
       UserError: if the folder, the split or its images are missing, or only some images lie in class folders.
@@ -72,14 +75,15 @@ def open_folder(root: str, split: str) -> Folder:
         )
     name, part = found
     paths, labels = splits[name]
-    if not len(paths[part]):
+    chosen = np.sort(stratified(labels)[part])
+    if not len(chosen):
         raise UserError(f'data: {split!r} of {root} holds no image ({", ".join(SUFFIXES)})')
     if (labels == -1).any() and (labels >= 0).any():
         raise UserError(
             f'data: {root}/{name} has images both beside and inside class folders, like '
             f'{paths[labels == -1][0]}; put all into class folders, or none'
         )
-    return Folder(paths[part], labels[part])
+    return Folder(paths[chosen], labels[chosen])
 
 
 @functools.lru_cache(maxsize=4)

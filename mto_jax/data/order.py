@@ -1,4 +1,4 @@
-"""In which order examples are seen: a function of the seed and the step alone."""
+"""Which examples are seen, and in which order: slices, subsets, and the batches of a seed and step."""
 
 import dataclasses
 import re
@@ -25,6 +25,25 @@ def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, slice] | Non
         return round(float(text[:-1]) / 100 * total) if text.endswith('%') else int(text)
 
     return found['name'], slice(position(found['start'], 0), position(found['stop'], total))
+
+
+def stratified(labels: np.ndarray) -> np.ndarray:
+    """A fixed pseudo-random order of the examples, int64 (n,), of which every slice has the classes in proportion.
+
+    It depends on the labels alone.
+
+    Args:
+      labels: int (n,); all the same where there are none.
+    """
+    rng = np.random.default_rng(0)
+    by_class = np.argsort(labels, kind='stable')
+    _, starts = np.unique(labels[by_class], return_index=True)
+    # Each class is spread evenly over [0, 1), from an offset of its own: rare classes do not all fall into one slice.
+    offsets = (rng.permutation(len(starts)) + 0.5) / len(starts)
+    place = np.empty(len(labels))
+    for members, offset in zip(np.split(by_class, starts[1:]), offsets, strict=False):  # of nothing, one empty part
+        place[members] = (rng.permutation(len(members)) + offset) / len(members)
+    return np.argsort(place, kind='stable')
 
 
 @dataclasses.dataclass(frozen=True)
