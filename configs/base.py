@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     c.data.crop = 'random_resized'  # random_resized, or resize (whole image, no crop)
     c.data.crop_area = (0.2, 1.0)  # share of the image a crop covers
     c.data.crop_aspect = (3 / 4, 4 / 3)  # width over height
+    c.data.interpolation = 'bicubic'  # of training images: bicubic, bilinear; an evaluation is always bicubic
     c.data.eval_resize = 256  # shorter side before the centre crop, at least; 0 resizes to image_size, no crop
     c.data.flip = True
     c.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], one per channel
@@ -154,10 +155,12 @@ def _optim() -> ConfigDict:
     o.b2 = 0.95
     o.eps = 1e-8
     o.weight_decay = 0.05
-    o.decay_tokens = True  # decay class and mask tokens, as the official MAE does
+    o.decay_cls_token = True  # weight decay acts on the class token, as in the official MAE
+    o.decay_mask_token = True  # and on the mask token
     o.clip_norm = 0.0  # 0: no clipping
     o.schedule = 'cosine'  # cosine, multistep
     o.warmup_epochs = 40.0
+    o.warmup_lr = 0.0  # where the warm-up starts, per lr_reference images like base_lr
     o.min_lr = 0.0
     o.decay_epochs = ()  # multistep: where the rate is multiplied by decay_factor
     o.decay_factor = 0.1

@@ -40,6 +40,8 @@ def small_simmim(c):
     c.model.drop_path, c.model.layer_scale, c.model.init = 0.0, 0.0, 'mae'
     c.model.position, c.model.relative_bias = 'sincos', False
     c.optim.schedule, c.optim.decay_epochs = 'cosine', ()
+    # As in the runs of docs/results.md and docs/reference.md.
+    c.optim.decay_cls_token, c.optim.warmup_lr, c.data.interpolation = True, 0.0, 'bicubic'
     return c
 
 

@@ -118,7 +118,7 @@ def mto_variants() -> dict:
             'model': {'mask_token_scale': 50.0},
         },
         'fixed norm': {'model': {'mask_token_norm': 8.0}},
-        'token without decay': {'optim': {'decay_tokens': False}},
+        'token without decay': {'optim': {'decay_cls_token': False, 'decay_mask_token': False}},
         'token from zero': {'model': {'mask_token_scale': 0.0}},  # expected to fail: it starts where the data are
     }
 

@@ -3,20 +3,19 @@
 import jax
 import optax
 
-TOKENS = ('cls_token', 'mask_token')
 
-
-def decay_mask(params, decay_tokens: bool):
+def decay_mask(params, decay_cls_token: bool, decay_mask_token: bool):
     """True for the parameters that weight decay acts on: a pytree like `params`.
 
     Biases, norms and layer scales never decay (whatever their shape here, they are vectors in the official codes);
-    learned positions never do; class and mask tokens do where `decay_tokens` says so.
+    learned positions never do; the class token and the mask token do where the arguments say so.
     """
+    tokens = {'cls_token': decay_cls_token, 'mask_token': decay_mask_token}
 
     def decays(path, leaf):
         name = path[-1].key
-        if name in TOKENS:
-            return decay_tokens
+        if name in tokens:
+            return tokens[name]
         return leaf.ndim > 1 and not name.endswith('bias') and name != 'pos_embed'
 
     return jax.tree_util.tree_map_with_path(decays, params)
@@ -53,7 +52,7 @@ def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
         b2=optim.b2,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        mask=lambda params: decay_mask(params, optim.decay_tokens),
+        mask=lambda params: decay_mask(params, optim.decay_cls_token, optim.decay_mask_token),
     )
     by_layer = optax.identity()
     if optim.layer_decay != 1.0:

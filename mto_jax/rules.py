@@ -53,6 +53,7 @@ OPTIM = {
     'clip_norm': at_least(0),
     'schedule': one_of('cosine', 'multistep'),
     'warmup_epochs': at_least(0),
+    'warmup_lr': at_least(0),
     'min_lr': at_least(0),
     'layer_decay': (lambda v: 0 < v <= 1, 'in (0, 1]'),
 }
@@ -64,6 +65,7 @@ RULES: dict[str, Rule] = {
     'data.crop': one_of('random_resized', 'resize'),
     'data.crop_area': ascending((lambda v: 0 < v <= 1, 'in (0, 1]')),
     'data.crop_aspect': ascending(above(0)),
+    'data.interpolation': one_of('bicubic', 'bilinear'),
     'data.eval_resize': at_least(0),
     'data.std': each(above(0)),
     'data.shuffle_buffer': at_least(1),

@@ -122,15 +122,35 @@ def test_adamw_against_numpy(config, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), p, params)
 
 
-@pytest.mark.parametrize('decay_tokens', [True, False])
-def test_decay_mask(config, decay_tokens):
+@pytest.mark.parametrize(
+    ('name', 'decayed', 'count'),
+    [
+        ('mae', {'kernel', 'qkv_kernel', 'cls_token', 'mask_token'}, 85),
+        ('simmim', {'kernel', 'qkv_kernel', 'mask_token', 'relative_bias_table'}, 52),
+    ],
+)
+def test_decay_of_the_official_recipes(name, decayed, count):
+    """Which tensors of ViT-B decay, and how many: as the official codes' optimizers group them."""
+    config = importlib.import_module(f'configs.{name}').get_config()
+    method = methods.build(config)
+    params = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
+    o = config.optim
+    flat, _ = jax.tree_util.tree_flatten_with_path(optim.decay_mask(params, o.decay_cls_token, o.decay_mask_token))
+    assert {path[-1].key for path, yes in flat if yes} == decayed
+    assert sum(yes for _, yes in flat) == count
+
+
+@pytest.mark.parametrize('cls_token', [True, False])
+@pytest.mark.parametrize('mask_token', [True, False])
+def test_tokens_decay_by_their_own_fields(config, cls_token, mask_token):
+    """With a zero gradient, an update is the decay alone."""
+    o = config.optim
+    o.decay_cls_token, o.decay_mask_token = cls_token, mask_token
     params = objective.init_params(methods.build(config), jax.random.key(0))
-    flat, _ = jax.tree_util.tree_flatten_with_path(optim.decay_mask(params, decay_tokens))
-    decayed = {path[-1].key for path, yes in flat if yes}
-    kept = {path[-1].key for path, yes in flat if not yes}
-    tokens = {'cls_token', 'mask_token'}
-    assert decayed == {'kernel', 'qkv_kernel'} | (tokens if decay_tokens else set())
-    assert kept == {'bias', 'q_bias', 'k_bias', 'v_bias', 'scale'} | (set() if decay_tokens else tokens)
+    tx = optim.adamw(o, optax.constant_schedule(1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert bool(updates['encoder']['cls_token'].any()) == cls_token
+    assert bool(updates['decoder']['mask_token'].any()) == mask_token
 
 
 def test_step_arithmetic():
@@ -161,6 +181,17 @@ def test_multistep_schedule_by_hand(config):
     f = schedules.learning_rate(o, 512, 50, 10)
     assert [float(f(s)) for s in (5, 10, 29)] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert float(f(31)) == pytest.approx(1e-4)
+
+
+def test_simmim_schedule_is_the_official_one():
+    """The official scheduler's own rates (batch 2048, 625 steps per epoch): step t of ours is iteration t + 1 there."""
+    from configs import simmim
+
+    official = {1: 2e-6, 2: 2.06368e-6, 3: 2.12736e-6, 100: 8.30432e-6, 6249: 3.9987264e-4, 6250: 3.9993632e-4}
+    official |= {6251: 4e-4, 6252: 4e-4, 100000: 4e-4, 437499: 4e-4, 437500: 4e-4, 437501: 4e-5, 499999: 4e-5}
+    c = simmim.get_config()
+    f = schedules.learning_rate(c.optim, c.batch_size, 800 * 625, 625)
+    assert [float(f(t - 1)) for t in official] == pytest.approx(list(official.values()), rel=1e-5)
 
 
 @pytest.mark.parametrize('devices', [1, pytest.param(8, marks=pytest.mark.slow)])

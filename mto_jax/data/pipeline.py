@@ -72,9 +72,9 @@ def _size(encoded, channels):
     )
 
 
-def _resize(image, size):
-    """Antialiased bicubic, rounded to uint8."""
-    image = tf.image.resize(image, size, method='bicubic', antialias=True)
+def _resize(image, size, method='bicubic'):
+    """Antialiased, as PIL does it, and rounded to uint8."""
+    image = tf.image.resize(image, size, method=method, antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
@@ -88,7 +88,7 @@ def train_image(encoded, seed, data) -> tf.Tensor:
         image = decode(encoded, data.channels)
     else:
         raise UserError(f'data.crop is {data.crop!r}; it must be random_resized or resize')
-    image = _resize(image, data.image_size)
+    image = _resize(image, data.image_size, data.interpolation)
     image.set_shape((*data.image_size, data.channels))
     return image
 
