@@ -20,8 +20,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
 
     Each run lies in `workdir/seed<s>/<name>`, where it resumes by itself. Test accuracies are in `results.json` as
     {row: one dict a seed}.
+
+    Raises:
+      UserError: for a bad config or missing data, before anything is probed or trained, and as `trainer.pretrain`.
     """
-    mesh = parallel.make_mesh(**config.mesh)
+    for enabled in (False, True):
+        mesh, *_, training = trainer.check(_setup(config, config.compare.seeds[0], enabled))
+        probes.check(training.method, config, mesh, config.data.test_split)
     workdir = epath.Path(workdir)
     results: dict[str, list[dict[str, float]]] = {}
     folders = []
@@ -35,8 +40,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     measure('raw pixels', features.raw_pixels, None, config)
     for seed in config.compare.seeds:
         for enabled in (False, True):
-            setup = ConfigDict(config.to_dict())
-            setup.task, setup.seed, setup.mto.enabled = 'pretrain', seed, enabled
+            setup = _setup(config, seed, enabled)
             method = methods.build(setup)
             encode = features.encoder(method, setup)
             name = f'{config.method} + MTO' if enabled else config.method
@@ -57,6 +61,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     say('\n' + text)
     say(f'table: {workdir}/results.md, curves: {workdir}/curves.png, pictures of each run: {workdir}/seed*/*')
     return results
+
+
+def _setup(config, seed: int, enabled: bool) -> ConfigDict:
+    """One pre-training's config."""
+    setup = ConfigDict(config.to_dict())
+    setup.task, setup.seed, setup.mto.enabled = 'pretrain', seed, enabled
+    return setup
 
 
 def table(results: dict[str, list[dict[str, float]]], k: int) -> str:

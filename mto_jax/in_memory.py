@@ -88,9 +88,13 @@ def prepare(config, images: np.ndarray) -> Run:
     """Set up the pre-training that `config` describes on uint8 images (n, H, W, C).
 
     Raises:
-      UserError: for a bad config, or one that crops (`data.crop` must be 'resize': arrays hold whole images).
+      UserError: for a bad config, one that crops (`data.crop` must be 'resize': arrays hold whole images), or images
+        of another size.
     """
     if config.data.crop != 'resize':
         raise UserError(f"data.crop is {config.data.crop!r}; training in memory takes whole images ('resize')")
+    wanted = (*config.data.image_size, config.data.channels)
+    if images.shape[1:] != wanted:
+        raise UserError(f'data.image_size and data.channels are {wanted}; the images in memory are {images.shape[1:]}')
     job = prepare_job(config, len(images))
     return Run(job, jax.jit(job.create), jnp.asarray(images), config.batch_size, make_steps(job.train_step))

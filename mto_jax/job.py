@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from mto_jax import methods, objective, optim, parallel, rules, schedules, train_state
 from mto_jax.data import order
-from mto_jax.errors import UserError
 from mto_jax.train_state import Meter, TrainState
 
 
@@ -64,10 +63,7 @@ def prepare(config, num_examples: int) -> Job:
       UserError: for a bad config.
     """
     rules.check(config)
-    try:
-        method = methods.build(config)
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    method = methods.build(config)
     per_epoch = order.steps_per_epoch(num_examples, config.batch_size)
     total = schedules.to_steps(config.epochs, per_epoch)
     schedule = schedules.learning_rate(config.optim, config.batch_size, total, per_epoch)

@@ -91,7 +91,11 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     test = memory.load(data, data.val_split if study.split == 'val' else data.test_split)
     jobs = list(grid(config))
     for setup in {fingerprint(s): s for *_, s in jobs}.values():
-        in_memory.prepare(setup, train[0])  # a bad variant stops here, not hours later
+        # A bad variant stops here, not hours later.
+        training = in_memory.prepare(setup, train[0])
+        features.encoder(training.job.method, setup)
+        if setup.finetune.epochs:
+            finetune.schedule(setup.finetune, len(train[0]))
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
     table = workdir / 'table.csv'

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mto_jax import checkpoint, cpu, environment, hosts, job, objective, parallel, preemption, schedules, train_state
@@ -33,17 +34,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       Preempted: after SIGTERM, once everything is saved.
     """
     workdir = epath.Path(workdir)
-    with hosts.together():
-        mesh = parallel.make_mesh(**config.mesh)
-        parallel.check_batch(config.batch_size, config.accumulate, mesh)
-        source = sources.open_source(config.data, config.data.train_split)
-        watched = sources.open_source(config.data, config.data.val_split)
-        training = job.prepare(config, source.num_examples)
-        # Whether or not they are used: a mistake is better found now.
-        features.encoder(training.method, config)
-        probes.eval_part(config.eval.batch_size, mesh)
-        training.sharding(mesh)
-        _require_accelerator(config)
+    mesh, source, watched, training = check(config)
     about = environment.describe(mesh) | {'order': source.order(parallel.local_part(config.batch_size, mesh))}
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
     with (
@@ -57,6 +48,24 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
                 require_same(workdir, config.to_dict())
         with _memory_explained():
             return _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end)
+
+
+def check(config: ConfigDict) -> tuple[Mesh, sources.Source, sources.Source, job.Job]:
+    """What a pre-training needs: its mesh, training split, validation split, and job. Nothing has run or been written.
+
+    Raises:
+      UserError: for a bad config or missing data, on any host.
+    """
+    with hosts.together():
+        mesh = parallel.make_mesh(**config.mesh)
+        parallel.check_batch(config.batch_size, config.accumulate, mesh)
+        source = sources.open_source(config.data, config.data.train_split)
+        watched = sources.open_source(config.data, config.data.val_split)
+        training = job.prepare(config, source.num_examples)
+        probes.check(training.method, config, mesh)  # also where none is used: a mistake is better found now
+        training.sharding(mesh)
+        _require_accelerator(config)
+    return mesh, source, watched, training
 
 
 def _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end) -> TrainState:

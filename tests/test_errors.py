@@ -6,6 +6,7 @@ from configs import base, mae, mae_mto, quickstart, simmim, simmim_mto
 from configs import report as report_config
 from mto_jax import rules, tasks, trainer
 from mto_jax.errors import UserError
+from mto_jax.evals import features
 
 
 @pytest.fixture
@@ -16,6 +17,7 @@ def fails(config, tmp_path, monkeypatch):
         raise AssertionError('it began to train')
 
     monkeypatch.setattr(trainer, '_train', reached)
+    monkeypatch.setattr(features, 'extract', reached)
     config.mto.enabled, config.mto.w_r, config.mto.initial_blocks = True, 0.1, 1
 
     def run(changes):
@@ -138,6 +140,14 @@ def test_a_field_by_itself(fails, field, value):
         ({'data.train_split': 'train[:0]'}, 'empty'),
         ({'task': 'knn'}, 'checkpoint is'),
         ({'task': 'linear', 'checkpoint': '/no/where'}, 'checkpoint is'),
+        ({'task': 'compare', 'mto.rows': 'some'}, 'mto.rows'),
+        ({'task': 'compare', 'mto.blocks': (7,)}, 'mto.blocks'),
+        ({'task': 'compare', 'model.heads': 3}, 'model.heads'),
+        ({'task': 'compare', 'batch_size': 131}, '1 to 130'),
+        ({'task': 'compare', 'optim.warmup_epochs': 9.0}, 'optim.warmup_epochs'),
+        ({'task': 'compare', 'data.test_split': 'validation'}, "no split 'validation'"),
+        ({'task': 'compare', 'data.val_split': 'val'}, "no split 'val'"),
+        ({'task': 'compare', 'eval.features': 'class', 'model.class_token': False}, 'model.class_token'),
         ({'task': 'report'}, 'report.runs'),
         ({'task': 'report', 'report.runs': '/no/where'}, 'config.json'),
     ],

@@ -1,4 +1,6 @@
-"""Probes against independent forms."""
+"""Probes against independent forms, and evaluations of a checkpoint."""
+
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from mto_jax import in_memory, methods, objective, optim
+from configs import base
+from mto_jax import checkpoint, in_memory, methods, objective, optim, tasks, trainer
 from mto_jax.data import memory
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, knn, linear
+from tests.conftest import shrink
 
 
 def clusters(rng, n, classes=4, dim=6):
@@ -122,3 +126,46 @@ def test_finetune_learns_from_few_labels(config):
     assert alone[0] == pytest.approx(both[1], abs=0.02)
     assert len(finetune.subset(600, 0.1, 3)) == 60
     assert (finetune.subset(600, 0.1, 3) != finetune.subset(600, 0.1, 4)).any()
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """The workdir of a short pre-training whose model has no class token, with a shorter training split."""
+    c = shrink(base.get_config())
+    c.model.class_token, c.model.depth, c.epochs, c.optim.warmup_epochs = False, 1, 1.0, 0.0
+    c.data.train_split, c.data.crop, c.diagnose_every = 'train[:64]', 'resize', 0
+    workdir = tmp_path_factory.mktemp('trained')
+    trainer.pretrain(c, workdir)
+    return workdir
+
+
+def evaluation(trained, task='knn', **changes):
+    """The config of an evaluation as a Python user sets it up."""
+    c = importlib.import_module(f'configs.{task}').get_config()
+    c.checkpoint, c.mesh.data = str(trained), 1
+    c.eval.batch_size, c.eval.linear_steps = 32, 20
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+@pytest.mark.parametrize('task', ['knn', 'linear'])
+@pytest.mark.parametrize(
+    ('field', 'value', 'word'),
+    [
+        ('eval.features', 'class', 'model.class_token'),
+        ('eval.features', 'max', 'eval.features'),
+        ('eval.depth', 2, 'eval.depth is 2'),
+        ('eval.batch_size', 33, 'eval.batch_size is 33'),
+        ('mesh.data', 9, 'mesh'),
+    ],
+)
+def test_bad_evaluations_stop_before_any_work(trained, tmp_path, monkeypatch, task, field, value, word):
+    def reached(*_):
+        raise AssertionError('it began to work')
+
+    monkeypatch.setattr(checkpoint.Checkpointer, 'restore_params', reached)
+    monkeypatch.setattr(features, 'extract', reached)
+    config = evaluation(trained, task, **({'mesh.data': 2} | {field: value}))
+    with pytest.raises(UserError, match=word):
+        tasks.run(config, tmp_path / 'w')
+    assert not (tmp_path / 'w').exists()

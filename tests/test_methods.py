@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mto_jax import losses, masking, methods, mto, objective
+from mto_jax.errors import UserError
 from mto_jax.methods import simmim
 from mto_jax.models import position, vit
 from tests.conftest import shrink
@@ -242,13 +243,15 @@ def test_remat_changes_nothing(config, rng):
         ('model.size', 'xxl', 'model.size'),
         ('model.patch_size', 5, 'model.patch_size'),
         ('model.heads', 3, 'heads'),
+        ('model.width', 18, 'model.width'),  # not divisible by 4
+        ('mae.decoder_width', 18, 'mae.decoder_width'),
         ('model.position', 'x', 'model.position'),
         ('model.init', 'x', 'model.init'),
     ],
 )
 def test_bad_models_name_the_field(config, path, value, word):
     config.update_from_flattened_dict({path: value})
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(UserError, match=word):
         methods.build(config)
 
 

@@ -254,10 +254,16 @@ def test_shares_of_a_grid_cover_it(two_runs, tmp_path, monkeypatch):
         ({'baseline': {'mto': {'w_x': 1.0}}}, 'w_x'),
         ({'baseline': {}, 'a': {'mask_ratio': 'x'}}, 'mask_ratio'),
         ({'baseline': {}, 'a': {'mask_ratio': 1.5}}, 'mask_ratio'),
+        ({'baseline': {}, 'a': {'mto': {'enabled': True, 'rows': 'some'}}}, 'mto.rows'),
+        ({'baseline': {}, 'a': {'eval': {'depth': 2}}}, 'eval.depth'),
+        ({'baseline': {}, 'a': {'eval': {'features': 'class'}, 'model': {'class_token': False}}}, 'eval.features'),
+        ({'baseline': {}, 'a': {'finetune': {'optim': {'warmup_epochs': 1.0}}}}, 'finetune.optim.warmup_epochs'),
+        ({'baseline': {}, 'a': {'data': {'image_size': (14, 14)}}}, 'data.image_size'),
     ],
 )
-def test_a_bad_grid_is_named(two_runs, tmp_path, variants, word):
+def test_a_bad_grid_is_named(two_runs, tmp_path, monkeypatch, variants, word):
     two_runs.study.variants = variants
+    monkeypatch.setattr(study, '_train', lambda *_: pytest.fail('it began to train'))
     with pytest.raises(UserError, match=word):
         study.run(two_runs, tmp_path / 'w')
     assert not (tmp_path / 'w').exists()

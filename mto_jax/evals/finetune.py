@@ -9,6 +9,7 @@ import optax
 
 from mto_jax import in_memory, optim, parallel, schedules, train_state
 from mto_jax.data import augment, memory, order
+from mto_jax.errors import UserError
 from mto_jax.evals import features
 from mto_jax.methods import Method
 from mto_jax.train_state import Meter
@@ -18,6 +19,22 @@ def subset(num_examples: int, share: float, seed: int) -> np.ndarray:
     """Positions of the labelled examples: a random share of them, int64, ascending."""
     count = max(1, round(share * num_examples))
     return np.sort(np.random.default_rng([seed, num_examples]).permutation(num_examples)[:count])
+
+
+def schedule(c, num_examples: int) -> tuple[int, int, int, optax.Schedule]:
+    """Labelled examples, batch size, total steps and learning rate of the fine-tuning that `config.finetune` describes.
+
+    Raises:
+      UserError: if its warm-up is not shorter than it.
+    """
+    count = len(subset(num_examples, c.label_share, 0))
+    batch_size = min(c.batch_size, count)
+    per_epoch = order.steps_per_epoch(count, batch_size)
+    total = schedules.to_steps(c.epochs, per_epoch)
+    try:
+        return count, batch_size, total, schedules.learning_rate(c.optim, batch_size, total, per_epoch)
+    except UserError as e:
+        raise UserError(f'finetune.{e}') from None
 
 
 def accuracies(
@@ -38,12 +55,8 @@ def accuracies(
       train, test: uint8 images (n, H, W, C) and int32 labels (n,).
     """
     c, data = config.finetune, config.data
-    count = len(subset(len(train[0]), c.label_share, 0))
-    batch_size = min(c.batch_size, count)
-    per_epoch = order.steps_per_epoch(count, batch_size)
-    total = schedules.to_steps(c.epochs, per_epoch)
-    schedule = schedules.learning_rate(c.optim, batch_size, total, per_epoch)
-    tx = optim.adamw(c.optim, schedule)
+    count, batch_size, total, rate = schedule(c, len(train[0]))
+    tx = optim.adamw(c.optim, rate)
 
     def logits_of(p, images):
         tokens = method.apply({'params': {'encoder': p['encoder']}}, images, None, method='encode')
@@ -63,7 +76,7 @@ def accuracies(
         return train_state.create({'encoder': encoder, 'head': head}, tx)
 
     states = in_memory.stack([create(in_memory.take(params['encoder'], i), s) for i, s in enumerate(seeds)])
-    step = train_state.make_train_step(loss_fn, tx, schedule, total)
+    step = train_state.make_train_step(loss_fn, tx, rate, total)
     names = ('loss', 'grad_norm', 'param_norm', 'learning_rate')
     positions = []
     for s in seeds:

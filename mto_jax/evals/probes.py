@@ -28,6 +28,14 @@ def probe(encode: Callable, params, config, mesh, split: str, probes=frozen.PROB
     return frozen.accuracies(arrays, c, data.num_classes, probes)
 
 
+def check(method: methods.Method, config, mesh, *splits: str) -> None:
+    """Raises UserError where probes of the method on these splits cannot run: to be called before any work."""
+    features.encoder(method, config)
+    eval_part(config.eval.batch_size, mesh)
+    for split in splits:
+        sources.open_source(config.data, split)
+
+
 def eval_part(batch_size: int, mesh) -> order.Part:
     """This process's rows of evaluation batches; raises UserError where these do not split over the mesh."""
     shards = parallel.batch_shards(mesh)
@@ -45,13 +53,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     replaces the recorded one where it is set.
     """
     mesh = parallel.make_mesh(**config.mesh)
-
     def load(reader, step):
         saved = ConfigDict(reader.config(step))
         saved.eval, saved.task = config.eval, config.task
         if config.data.data_dir:
             saved.data.data_dir = config.data.data_dir
         method = methods.build(saved)
+        check(method, saved, mesh, saved.data.train_split, saved.data.test_split)
         shapes = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
         abstract = checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh))
         return saved, method, reader.restore_params(abstract, step)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mto_jax import mto
+from mto_jax.errors import UserError
 from mto_jax.models import vit
 
 
@@ -75,7 +76,7 @@ def build(config) -> Method:
     """The method that `config.method` names.
 
     Raises:
-      ValueError: if there is no such module or it has no `build`.
+      UserError: if there is no such module, it has no `build`, or that raises ValueError for a field.
     """
     name = config.method
     module_name = name if '.' in name else f'{__name__}.{name}'
@@ -84,12 +85,15 @@ def build(config) -> Method:
     except ModuleNotFoundError as e:
         if e.name and not module_name.startswith(e.name):
             raise
-        raise ValueError(
+        raise UserError(
             f'method is {name!r}: no module {module_name}; use mae, simmim, or an importable module of your own'
         ) from None
     if not hasattr(module, 'build'):
-        raise ValueError(f'method is {name!r}: the module {module_name} has no build(config)')
-    return module.build(config)
+        raise UserError(f'method is {name!r}: the module {module_name} has no build(config)')
+    try:
+        return module.build(config)
+    except ValueError as e:
+        raise UserError(str(e)) from e
 
 
 def architecture(config) -> vit.Architecture:

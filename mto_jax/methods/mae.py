@@ -96,7 +96,12 @@ def build(config) -> MAE:
     encoder = methods.architecture(config)
     c = config.mae
     decoder = dataclasses.replace(
-        encoder, depth=c.decoder_depth, width=c.decoder_width, heads=c.decoder_heads, drop_path=0.0
+        encoder,
+        depth=c.decoder_depth,
+        width=c.decoder_width,
+        heads=c.decoder_heads,
+        drop_path=0.0,
+        position='sincos',  # of the decoder, whatever the encoder's are
     )
     keep = masking.num_visible(encoder.num_patches, config.mask_ratio)
     if not 2 <= keep < encoder.num_patches:

@@ -81,6 +81,11 @@ class Architecture:
                 f'width {self.width} does not divide by {self.heads} heads (model.width and model.heads, or '
                 'mae.decoder_width and mae.decoder_heads)'
             )
+        if self.position == 'sincos' and self.width % 4:
+            raise ValueError(
+                f'width {self.width} does not divide by 4, which sine-cosine positions need (model.width, or '
+                'mae.decoder_width)'
+            )
         for name, value, allowed in (
             ('position', self.position, ('sincos', 'learned', 'none')),
             ('init', self.init, ('mae', 'beit')),
