@@ -53,6 +53,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     replaces the recorded one where it is set.
     """
     mesh = parallel.make_mesh(**config.mesh)
+
     def load(reader, step):
         saved = ConfigDict(reader.config(step))
         saved.eval, saved.task = config.eval, config.task
