@@ -170,7 +170,7 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
 
 
 def _evaluator(method, config, train, test):
-    """`evaluate(params, last) -> {'linear', 'knn', 'reconstruction', 'het'}`; NaN where the features are not finite."""
+    """`evaluate(params, last) -> {'linear', 'knn', 'reconstruction', 'het'}`; NaN if features are unusable."""
     mesh, encode = parallel.make_mesh(1), features.encoder(method, config)
     few = min(config.eval.train_examples or len(train[0]), len(train[0]))
     part = np.linspace(0, len(train[0]) - 1, few).round().astype(int)
@@ -181,7 +181,7 @@ def _evaluator(method, config, train, test):
         arrays = []
         for examples in ((train[0][part], train[1][part]), test):
             arrays += features.extract(encode, params, memory.batches(*examples, config.eval.batch_size), mesh)
-        if not np.isfinite(arrays[0]).all():
+        if not all(features.usable(x).all() for x in arrays[::2]):
             return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan'))
         found = frozen.accuracies(arrays, config.eval, config.data.num_classes)
         seen = jax.device_get(diagnose(params, shown, key))

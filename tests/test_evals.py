@@ -29,7 +29,7 @@ def np_knn(train, labels, test, k, temperature, classes):
         s = train @ (q / np.linalg.norm(q))
         votes = np.zeros(classes)
         for i in np.argsort(-s)[:k]:
-            votes[labels[i]] += np.exp(s[i] / temperature)
+            votes[labels[i]] += np.exp((s[i] - s.max()) / temperature)
         out.append(votes.argmax())
     return np.array(out)
 
@@ -40,6 +40,49 @@ def test_knn_against_numpy(rng):
     for k in (1, 5, 20, 200):
         want = (np_knn(x.astype(float), y, q.astype(float), k, 0.07, 4) == t).mean()
         assert got[k if k < 200 else 999] == pytest.approx(want, abs=2 / 301)
+
+
+@pytest.mark.parametrize('temperature', [0.003, 1e-4])
+def test_knn_at_low_temperatures(rng, temperature):
+    """Below 0.0113, exp(1 / temperature) is more than a float32 holds."""
+    (x, y), (q, t) = clusters(rng, 200), clusters(rng, 300)
+    got = knn.accuracy(x, y, q, t, ks=(20,), temperature=temperature, num_classes=4)
+    want = (np_knn(x.astype(float), y, q.astype(float), 20, temperature, 4) == t).mean()
+    assert got[20] == pytest.approx(want, abs=2 / 300)
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+def test_knn_depends_on_no_scale(rng, scale):
+    (x, y), (q, t) = clusters(rng, 200), clusters(rng, 300)
+    options = {'ks': (5,), 'temperature': 0.07, 'num_classes': 4}
+    want = knn.accuracy(x, y, q, t, **options)[5]
+    scaled = knn.accuracy(x * np.float32(scale), y, q * np.float32(scale), t, **options)[5]
+    assert scaled == pytest.approx(want, abs=2 / 300)
+
+
+@pytest.mark.parametrize('value', [0.0, np.nan, np.inf])
+@pytest.mark.parametrize('which', ['training', 'test'])
+def test_features_without_direction_are_an_error(rng, value, which):
+    """Named by their position; for a linear probe zero is a value like others."""
+    (x, y), (q, t) = clusters(rng, 50), clusters(rng, 60)
+    (x if which == 'training' else q)[7, : None if value == 0 else 2] = value
+    with pytest.raises(UserError, match=rf'1 of {50 if which == "training" else 60} {which} .* position 7'):
+        knn.accuracy(x, y, q, t, ks=(5,), temperature=0.07, num_classes=4)
+    options = {'l2': (1e-2,), 'steps': 20, 'num_classes': 4}
+    if value == 0:
+        assert linear.accuracy(x, y, q, t, **options)[0] > 0.5
+        return
+    with pytest.raises(UserError, match=rf'{which} features are not finite, the first at position 7'):
+        linear.accuracy(x, y, q, t, **options)
+
+
+def test_raw_pixels_of_a_black_image_have_a_direction(rng):
+    images = rng.integers(0, 256, (3, 4, 5, 1), np.uint8)
+    images[1] = 0
+    pixels = np.asarray(features.raw_pixels(None, images))
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels[[0, 2]], images[[0, 2]].reshape(2, -1) / 255, rtol=1e-6)
+    np.testing.assert_allclose(pixels[1], 1 / 255, rtol=1e-6)
 
 
 def test_linear_probe_is_at_the_optimum(rng):

@@ -169,6 +169,28 @@ def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
     assert (tmp_path / 'table.png').stat().st_size > 10_000
 
 
+@pytest.mark.parametrize('value', [0.0, math.nan])
+@pytest.mark.parametrize('which', [0, 1])
+def test_unusable_features_are_a_row_of_nan(two_runs, monkeypatch, value, which):
+    """Of training or test images: the study goes on."""
+    method = methods.build(two_runs)
+    data = memory.load(two_runs.data, 'train[:40]'), memory.load(two_runs.data, 'test[:40]')
+    real, calls = study.features.extract, []
+
+    def broken(*args):
+        found, labels = real(*args)
+        if len(calls) == which:
+            found[3] = value
+        calls.append(1)
+        return found, labels
+
+    monkeypatch.setattr(study.features, 'extract', broken)
+    params = in_memory.prepare(two_runs, data[0][0]).create(0).params
+    row = study._evaluator(method, two_runs, *data)(params, False)
+    assert len(calls) == 2
+    assert all(math.isnan(row[k]) for k in ('linear', 'knn', 'reconstruction'))
+
+
 def test_report_by_hand(tmp_path):
     """A method that is 2.5 points better everywhere, on a baseline that gains a point from budget to budget."""
     rows = []

@@ -38,8 +38,31 @@ def encoder(method: Method, config) -> Callable:
 
 
 def raw_pixels(params, images: np.ndarray) -> np.ndarray:
-    """The images themselves, flattened to float32 (B, H * W * C) in [0, 1]: what any encoder should beat."""
-    return images.reshape(len(images), -1).astype(np.float32) / 255.0
+    """The images themselves, flattened to float32 (B, H * W * C) in [0, 1]: what any encoder should beat.
+
+    A black image counts as the darkest grey, for kNN needs a direction.
+    """
+    flat = images.reshape(len(images), -1)
+    return jnp.where(flat.any(1, keepdims=True), flat, 1).astype(np.float32) / 255.0
+
+
+def usable(x: np.ndarray) -> np.ndarray:
+    """Which features (n, D) are finite and not zero, bool (n,)."""
+    return np.isfinite(x).all(1) & np.any(x, axis=1)
+
+
+def require(good: np.ndarray, what: str, wanted: str) -> None:
+    """Check features; `good`, bool (n,), says which are as `wanted`.
+
+    Raises:
+      UserError: if any is not.
+    """
+    if not good.all():
+        raise UserError(
+            f'evaluation: {(~good).sum()} of {len(good)} {what} features are not {wanted}, the first at position '
+            f'{good.argmin()}; the encoder may have diverged or collapsed: probe an earlier checkpoint '
+            '(--config.checkpoint), or train again with a lower learning rate (--config.optim.base_lr)'
+        )
 
 
 def extract(encode: Callable, params, batches: Iterator, mesh) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ def accuracies(
       probes: which of `PROBES` to fit.
 
     Raises:
-      UserError: if a label is not below num_classes.
+      UserError: if a label is not below num_classes, or a feature vector is not finite or, for kNN, zero.
     """
     top = int(max(arrays[1].max(), arrays[3].max()))
     if top >= num_classes:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mto_jax.evals import features
+
 QUERIES = 256
 
 
@@ -14,16 +16,22 @@ QUERIES = 256
 def _votes(train, labels, queries, temperature, ks, num_classes):
     similarity = jnp.einsum('qd,nd->qn', queries, train, precision='highest')
     top, index = jax.lax.top_k(similarity, max(ks))
-    weight = jnp.exp(top / temperature)
+    weight = jnp.exp((top - top[:, :1]) / temperature)  # relative to the nearest, or low temperatures overflow
     one_hot = jax.nn.one_hot(labels[index], num_classes) * weight[..., None]
     votes = jnp.cumsum(one_hot, axis=1)
     return jnp.stack([votes[:, k - 1].argmax(-1) for k in ks])
 
 
-def normalized(x: np.ndarray) -> np.ndarray:
-    """Rows of length one, float32."""
+def normalized(x: np.ndarray, what: str) -> np.ndarray:
+    """Rows of length one, float32.
+
+    Raises:
+      UserError: if a row, one of the `what` features, is zero or not finite.
+    """
     x = np.asarray(x, np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    features.require(features.usable(x), what, 'finite and non-zero')
+    x = x / np.abs(x).max(1, keepdims=True)  # else squares can overflow or vanish
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def accuracy(
@@ -44,10 +52,13 @@ def accuracy(
       train, test: float (n, D) features.
       train_labels, test_labels: int (n,).
       ks: numbers of neighbours; those above the number of training examples are cut to it.
+
+    Raises:
+      UserError: if a feature vector is zero or not finite.
     """
     cut = tuple(min(k, len(train)) for k in ks)
-    bank, labels = jnp.asarray(normalized(train)), jnp.asarray(train_labels)
-    queries = normalized(test)
+    bank, labels = jnp.asarray(normalized(train, 'training')), jnp.asarray(train_labels)
+    queries = normalized(test, 'test')
     right = np.zeros(len(ks))
     for i in range(0, len(queries), QUERIES):
         part = queries[i : i + QUERIES]

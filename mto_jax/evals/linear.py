@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mto_jax.evals import features
+
 
 @partial(jax.jit, static_argnames=('num_classes', 'steps'))
 def fit(x: jax.Array, labels: jax.Array, l2: jax.Array, num_classes: int, steps: int):
@@ -52,13 +54,18 @@ def accuracy(
       train, test: float (n, D) features; each is standardised with the training features' mean and deviation.
       l2: candidates for the penalty.
       steps: L-BFGS iterations.
+
+    Raises:
+      UserError: if a feature vector is not finite.
     """
+    for x, what in ((train, 'training'), (test, 'test')):
+        features.require(np.isfinite(x).all(1), what, 'finite')
     mean, std = train.mean(0), train.std(0) + 1e-6
     x, y = jnp.asarray((train - mean) / std, jnp.float32), jnp.asarray(train_labels)
     held = np.arange(len(train)) % 10 == 0
 
-    def right(p, features, labels):
-        return float((np.asarray(features @ p['w'] + p['b']).argmax(1) == labels).mean())
+    def right(p, inputs, labels):
+        return float((np.asarray(inputs @ p['w'] + p['b']).argmax(1) == labels).mean())
 
     best = l2[0]
     if len(l2) > 1:
