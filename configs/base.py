@@ -115,12 +115,12 @@ def get_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every_epochs = 0.0  # kNN during pre-training on val_split; 0: never
     c.eval.batch_size = 512
-    c.eval.train_examples = 0  # how many training images the probes use; 0: all
+    c.eval.train_examples = 0  # how many training images the probes use, a fixed random subset; 0: all
     c.eval.features = 'mean'  # mean of the patch tokens, or class
     c.eval.depth = 0  # blocks to apply; 0 for all and the final norm
     c.eval.knn_k = (1, 5, 10, 20)
     c.eval.knn_temperature = 0.07
-    c.eval.linear_l2 = (1e-5, 1e-4, 1e-3, 1e-2)  # chosen on a held-out tenth of the training features
+    c.eval.linear_l2 = (1e-5, 1e-4, 1e-3, 1e-2)  # chosen on a held-out tenth of the training features, per class
     c.eval.linear_steps = 200  # L-BFGS iterations
 
     c.compare = ConfigDict()  # task=compare

@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mto_jax import checkpoint, cli, cpu, in_memory, objective, parallel, train_state
-from mto_jax.data import memory
+from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, frozen
 
@@ -172,10 +172,9 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
 def _evaluator(method, config, train, test):
     """`evaluate(params, last) -> {'linear', 'knn', 'reconstruction', 'het'}`; NaN if features are unusable."""
     mesh, encode = parallel.make_mesh(1), features.encoder(method, config)
-    few = min(config.eval.train_examples or len(train[0]), len(train[0]))
-    part = np.linspace(0, len(train[0]) - 1, few).round().astype(int)
+    part = order.subset(len(train[0]), config.eval.train_examples or len(train[0]))
     diagnose = jax.jit(objective.make_diagnose(method, config.data))
-    shown, key = test[0][:2000], train_state.stream(0, 'diagnose')
+    shown, key = test[0][order.subset(len(test[0]), 2000)], train_state.stream(0, 'diagnose')
 
     def evaluate(params, last):
         arrays = []

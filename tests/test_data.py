@@ -129,10 +129,18 @@ def test_processes_evaluate_every_example_once(data, size):
     assert np.concatenate([b['label'][b['valid']] for b in together]).tolist() == list(range(COUNT))
 
 
-def test_evaluation_limit_spreads_over_the_split(data):
+def test_evaluation_limit_is_a_subset_in_order(data):
     source = sources.open_source(data, 'train')
     seen = np.concatenate([b['label'][b['valid']] for b in pipeline.eval_batches(source, data, 4, limit=10)])
-    assert seen.tolist() == np.linspace(0, COUNT - 1, 10).round().astype(int).tolist()
+    assert seen.tolist() == sorted(set(seen.tolist())) == order.subset(COUNT, 10).tolist()
+    assert len(seen) == 10
+
+
+def test_subsets_follow_no_cycle_of_the_labels():
+    """One in ten of labels that repeat every ten, or lie class by class, has all classes."""
+    for labels in (np.arange(10_000) % 10, np.arange(10_000) // 1000):
+        assert (abs(np.bincount(labels[order.subset(10_000, 1000)]) - 100) < 40).all()
+    assert order.subset(50, 60).tolist() == list(range(50))
 
 
 def test_evaluation_of_sub_splits(data):

@@ -106,6 +106,29 @@ def test_linear_probe_separates_what_is_separable(rng):
     assert l2 == 1e-3
 
 
+@pytest.mark.parametrize('order', ['cycle', 'by class'])
+def test_penalty_is_chosen_on_all_classes(order, monkeypatch):
+    """The held-out tenth has each class in proportion, and the right one of two penalties is found with it."""
+    rng = np.random.default_rng(0)
+    y = np.tile(np.arange(10), 100).astype(np.int32)
+    y = y if order == 'cycle' else np.sort(y)
+    centres = rng.normal(size=(10, 400)) * 0.15
+    x, q = (centres[y] + rng.normal(size=(1000, 400)) for _ in range(2))
+    real, fitted = linear.fit, []
+
+    def fit(x, labels, *args):
+        fitted.append(np.bincount(labels, minlength=10).tolist())
+        return real(x, labels, *args)
+
+    monkeypatch.setattr(linear, 'fit', fit)
+    options = {'steps': 40, 'num_classes': 10}
+    weak, strong = (linear.accuracy(x, y, q, y, l2=(s,), **options)[0] for s in (1e-6, 1.0))
+    assert strong > weak + 0.03
+    fitted.clear()
+    assert linear.accuracy(x, y, q, y, l2=(1e-6, 1.0), **options) == (strong, 1.0)
+    assert fitted == [[90] * 10, [90] * 10, [100] * 10]
+
+
 def test_labels_are_required():
     batch = {'image': np.zeros((2, 4, 4, 1), np.uint8), 'label': np.array([-1, -1]), 'valid': np.array([True, True])}
     from mto_jax import parallel

@@ -10,7 +10,7 @@ from etils import epath
 from configs import study_mae, study_simmim
 from mto_jax import in_memory, methods, study, trainer
 from mto_jax.analysis import speed, study_report
-from mto_jax.data import memory
+from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 
 INF = float('inf')
@@ -189,6 +189,32 @@ def test_unusable_features_are_a_row_of_nan(two_runs, monkeypatch, value, which)
     row = study._evaluator(method, two_runs, *data)(params, False)
     assert len(calls) == 2
     assert all(math.isnan(row[k]) for k in ('linear', 'knn', 'reconstruction'))
+
+
+def test_evaluations_see_all_classes(two_runs, monkeypatch):
+    """Of images that lie class by class, for the probes and for the reconstruction."""
+    two_runs.eval.train_examples = 60
+    train, test = (
+        (np.arange(n, dtype=np.uint32).view(np.uint8).reshape(n, 2, 2, 1), np.arange(n) * 10 // n) for n in (600, 4000)
+    )
+    labels, shown = [], []
+
+    def extract(encode, params, batches, mesh):
+        labels.append(np.concatenate([b['label'][b['valid']] for b in batches]))
+        return np.ones((len(labels[-1]), 1), np.float32), labels[-1]
+
+    def diagnose(params, images, key):
+        shown.append(images)
+        return {'losses': {'x': 0.0}}
+
+    monkeypatch.setattr(study.features, 'extract', extract)
+    monkeypatch.setattr(study.objective, 'make_diagnose', lambda *_: diagnose)
+    monkeypatch.setattr(study.jax, 'jit', lambda f: f)
+    monkeypatch.setattr(study.frozen, 'accuracies', lambda *_: {'linear': 0.1, f'knn_{two_runs.eval.knn_k[-1]}': 0.1})
+    study._evaluator(methods.build(two_runs), two_runs, train, test)(None, False)
+    assert labels[0].tolist() == train[1][order.subset(600, 60)].tolist()
+    positions = shown[0].reshape(-1, 4).copy().view(np.uint32)[:, 0]
+    assert set(test[1][positions]) == set(range(10))
 
 
 def test_report_by_hand(tmp_path):

@@ -46,6 +46,11 @@ def stratified(labels: np.ndarray) -> np.ndarray:
     return np.argsort(place, kind='stable')
 
 
+def subset(num_examples: int, count: int, seed: int = 0) -> np.ndarray:
+    """Positions of a pseudo-random subset of at most `count` examples, int64, ascending."""
+    return np.sort(np.random.default_rng([seed, num_examples]).permutation(num_examples)[:count])
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What one process reads of every global batch.

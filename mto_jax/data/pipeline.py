@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from mto_jax.data.memory import padded
-from mto_jax.data.order import Part, batch_positions, steps_per_epoch, whole
+from mto_jax.data.order import Part, batch_positions, steps_per_epoch, subset, whole
 from mto_jax.data.sources import Source
 from mto_jax.errors import UserError
 
@@ -170,10 +170,10 @@ def train_batches(
 
 
 def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Part | None = None) -> Iterator[Batch]:
-    """Every example once, in order, in batches of one size; the last is padded, and 'valid' bool (rows,) says where.
+    """Every example, or `limit` of them, once, in order, in batches of one size; the last is padded, and 'valid' bool (rows,) says where.
 
     Args:
-      limit: stop after this many examples, spread evenly over the split; 0 for all.
+      limit: only so many examples, a pseudo-random subset that depends on their number alone; 0 for all.
       part: this process's rows of each batch.
 
     Raises:
@@ -182,7 +182,7 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
     total = source.num_examples
     part = part or whole(batch_size)
     limit = min(limit or total, total)
-    chosen = np.linspace(0, total - 1, limit).round().astype(int)
+    chosen = subset(total, limit)
     count = -(-limit // batch_size)
     # Positions in the split of this process's rows, batch by batch; the last batch may be short, or empty here.
     wanted = [chosen[r[r < limit]] for r in (b * batch_size + part.rows for b in range(count))]

@@ -18,7 +18,7 @@ from mto_jax.train_state import Meter
 def subset(num_examples: int, share: float, seed: int) -> np.ndarray:
     """Positions of the labelled examples: a random share of them, int64, ascending."""
     count = max(1, round(share * num_examples))
-    return np.sort(np.random.default_rng([seed, num_examples]).permutation(num_examples)[:count])
+    return order.subset(num_examples, count, seed)
 
 
 def schedule(c, num_examples: int) -> tuple[int, int, int, optax.Schedule]:
