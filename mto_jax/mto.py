@@ -39,8 +39,9 @@ class Settings:
       exclude_blocks: how many blocks 'exclude' covers; 0 for K, -1 for all of them.
       initial_blocks: K, how many blocks count as initial; 0 for max(1, round(L / 4)), -1 for all of them.
       blocks: the blocks the losses read; empty for all.
-      affinity: what heterogeneity's entropy is taken of: 'attention' logits per head, their mean over heads
-        ('attention_mean'), or 'token' products.
+      affinity: what heterogeneity's entropy is taken of in the losses and the adaptive gate: 'attention' logits per
+        head, their mean over heads ('attention_mean'), or 'token' products. What is shown is always per head
+        (`diagnosis`).
       measure: what L_e uses: 'entropy' or 'density'.
       scale_guard: divide attention logits by the (constant) standard deviation of the visible queries' own, so that
         smaller query and key weights alone do not raise the entropy.
@@ -133,7 +134,7 @@ class Settings:
         Args:
           block: index of the block, from 0.
           depth: number of blocks in the stack.
-          everything: read all statistics, for `diagnose`, instead of those the losses need.
+          everything: return `diagnosis` instead of the statistics that the losses need.
         """
         excluded = depth if self.exclude_blocks == -1 else self.exclude_blocks or self.num_initial(depth)
         gate = gates(self.recalibration, depth, excluded)[block]
@@ -304,6 +305,38 @@ def masked_mass(logits: jax.Array, masked: jax.Array) -> jax.Array:
     return (_mean_over(mass, ~masked) / masked.mean(-1)).mean()
 
 
+def diagnosis(
+    logits: jax.Array, used: jax.Array, masked: jax.Array, tokens: jax.Array, num_prefix: int
+) -> dict[str, jax.Array]:
+    """What is shown of one block. No setting enters, so that runs with and without MTO can be compared.
+
+    Args:
+      logits: (B, h, N, N) before bias and recalibration.
+      used: (B, h, N, N), the logits that the softmax gets.
+      masked: bool (B, N).
+      tokens: (B, N, D) that enter the block; at block 0, before positions are added.
+      num_prefix: P, the number of prefix tokens.
+
+    Returns:
+      Float32 scalars: 'het', heterogeneity of the attention, the mean over heads of each head's own; 'het_token', that
+      of token products; 'het_visible', the same entropy as 'het' for visible queries; 'rho', the density measure;
+      'spa', this block's L_spa without entropy; 'mass', attention from visible queries to masked keys; 'mass_used',
+      the same after bias and recalibration.
+    """
+    logits = logits.astype(jnp.float32)
+    visible, patches, patch_masked = ~masked, tokens[:, num_prefix:], masked[:, num_prefix:]
+    visible_rows = _entropy(logits, visible) / jnp.log(visible.sum(-1).astype(jnp.float32))[:, None, None]
+    return {
+        'het': heterogeneity(logits, masked),
+        'het_token': heterogeneity(token_affinity(patches), patch_masked),
+        'het_visible': _mean_over(visible_rows, visible).mean(),
+        'rho': density(patches, patch_masked),
+        'spa': spatial_term(logits, masked),
+        'mass': masked_mass(logits, masked),
+        'mass_used': masked_mass(used, masked),
+    }
+
+
 def singularity_loss(het_or_rho: Sequence[jax.Array], measure: str) -> jax.Array:
     """L_e over the initial blocks: mean of 1 - Het ('entropy') or of softplus(rho) ('density')."""
     values = jnp.stack(list(het_or_rho))
@@ -333,7 +366,7 @@ class BlockHook:
       settings: the settings the hook was made from.
       gate: g of this block; None where it is adaptive.
       read: whether statistics are returned.
-      everything: whether these are all of them, for `diagnose`.
+      everything: whether these are the `diagnosis` instead of what the losses need.
     """
 
     settings: Settings
@@ -382,22 +415,18 @@ class BlockHook:
             gate = jnp.pad(1.0 - het, ((0, 0), (masked.shape[1] - het.shape[1], 0)), constant_values=1.0)
             gate = jnp.clip(gate, 0.0, 1.0)
         out = biased if isinstance(gate, float) and gate == 1.0 else recalibrate(biased, masked, gate, s.rows)
+        if self.everything:
+            return out, diagnosis(logits, out, masked, tokens, num_prefix)
         if not self.read:
             return out, {}
 
         stats = {}
-        if self.everything or s.w_spa:
+        if s.w_spa:
             stats['spa'] = spatial_term(logits, masked, s.spa_entropy)
-        if self.everything or s.w_r or (s.w_e and s.measure == 'entropy'):
+        if s.w_r or (s.w_e and s.measure == 'entropy'):
             stats['het'] = entropy(s.affinity)
-        if self.everything or (s.w_e and s.measure == 'density'):
+        if s.w_e and s.measure == 'density':
             stats['rho'] = density(patches, patch_masked, stop_visible=True)
-        if self.everything:
-            stats['het_token'] = entropy('token')
-            visible_rows = _entropy(logits, ~masked) / jnp.log((~masked).sum(-1).astype(jnp.float32))[:, None, None]
-            stats['het_visible'] = _mean_over(visible_rows, ~masked).mean()
-            stats['mass'] = masked_mass(logits, masked)
-            stats['mass_used'] = masked_mass(out, masked)
         return out, stats
 
 
@@ -414,7 +443,7 @@ def losses(settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], dep
 
     Args:
       settings: which terms are on.
-      stats: for each block that was read, what its hook returned.
+      stats: for each block that was read, what its hook returned (without `everything`).
       depth: L, the number of blocks of the stack.
     """
     terms = {}

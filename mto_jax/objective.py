@@ -46,7 +46,8 @@ def make_diagnose(method: Method, data):
     """`diagnose(params, images, key)` of uint8 images: everything worth seeing, from one forward pass.
 
     It returns {'blocks': {name: float32 (L,)}, 'token_distance': scalar, 'losses': {...}, 'images': the three pictures
-    (B, H, W, C) in [0, 1] original, masked and reconstruction}.
+    (B, H, W, C) in [0, 1] original, masked and reconstruction}. 'blocks' holds `mto.diagnosis`: the same definitions
+    for every method and setting.
     """
 
     def diagnose(params, images: jax.Array, key: jax.Array) -> Mapping:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mto_jax import mto
+from mto_jax import methods, mto, objective
 
 B, H, N, D = 3, 2, 12, 8
 DTYPES = {'float32': (jnp.float32, 2e-5), 'bfloat16': (jnp.bfloat16, 3e-2)}
@@ -45,14 +45,14 @@ def np_affinity(x):
     return x @ np.swapaxes(x, -1, -2) / math.sqrt(x.shape[-1])
 
 
-def np_het(s, masked, guard=False):
-    """s (B, h, N, N)."""
+def np_het(s, masked, guard=False, of=None):
+    """s (B, h, N, N); `of` (B, N): the queries, the masked ones unless given."""
     out = []
     for b in range(len(s)):
-        vis, hid = np.flatnonzero(~masked[b]), np.flatnonzero(masked[b])
+        vis, rows = np.flatnonzero(~masked[b]), np.flatnonzero(masked[b] if of is None else of[b])
         for head in s[b]:
             a = head / (head[np.ix_(vis, vis)].std() + 1e-6) if guard else head
-            out.append(np.mean([np_entropy(a[i, vis]) for i in hid]) / math.log(len(vis)))
+            out.append(np.mean([np_entropy(a[i, vis]) for i in rows]) / math.log(len(vis)))
     return np.mean(out)
 
 
@@ -74,6 +74,13 @@ def np_spa(logits, masked, entropy):
             for i in vis:
                 value = -np.log(softmax(head[i])[vis].sum())
                 out.append(value + (np_entropy(head[i, vis]) if entropy else 0.0))
+    return np.mean(out)
+
+
+def np_mass(logits, masked):
+    out = []
+    for a, m in zip(logits, masked, strict=True):
+        out += [softmax(head[i])[m].sum() / m.mean() for head in a for i in np.flatnonzero(~m)]
     return np.mean(out)
 
 
@@ -115,10 +122,7 @@ def test_spatial_term(case, entropy):
 
 def test_masked_mass(case):
     logits, _, masked, tol = case
-    a = f64(logits)
-    p = np.exp(a) / np.exp(a).sum(-1, keepdims=True)
-    want = np.mean([p[b][:, ~masked[b]][:, :, masked[b]].sum(-1).mean() / masked[b].mean() for b in range(B)])
-    np.testing.assert_allclose(mto.masked_mass(logits, jnp.asarray(masked)), want, rtol=tol)
+    np.testing.assert_allclose(mto.masked_mass(logits, jnp.asarray(masked)), np_mass(f64(logits), masked), rtol=tol)
 
 
 @pytest.mark.parametrize('gate', [0.0, 1e-5, 0.3, 1.0])
@@ -361,3 +365,54 @@ def test_everything_reads_every_statistic(rng):
     out, first = s.hook(0, 4, everything=True).apply(logits, None, masked, jnp.ones((1, N, D)), 1, lambda _: logits, k)
     assert first['mass_used'] == 0
     assert out.shape == logits.shape
+
+
+OPTIONS = [
+    {'affinity': 'attention'},
+    {'affinity': 'attention_mean'},
+    {'affinity': 'token', 'stop_keys': True},
+    {'affinity': 'attention', 'scale_guard': True, 'stop_keys': True},
+    {'spa_entropy': True, 'measure': 'density'},
+    {'blocks': (0,), 'w_r': 0.0},
+]
+
+
+@pytest.mark.parametrize('options', [None, *OPTIONS])
+@pytest.mark.parametrize('name', ['mae', 'simmim'])
+def test_what_is_shown_depends_on_no_setting(config, name, options, monkeypatch, rng):
+    """The diagnosis of a run without MTO, and with any of its options, is one numpy form of logits and tokens."""
+    config.method, config.mask_ratio, config.model.relative_bias = name, 0.5, name == 'simmim'
+    if options is not None:
+        config.mto.update({'enabled': True, 'w_spa': 1.0, 'w_e': 1.0, 'w_r': 1.0} | options)
+    method = methods.build(config)
+    params = jax.jit(lambda key: objective.init_params(method, key))(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + rng.normal(0, 0.3, p.shape).astype(np.float32), params)
+    seen, apply = [], mto.BlockHook.apply
+
+    def recorded(self, logits, bias, masked, tokens, num_prefix, *rest):
+        seen.append((logits, jnp.zeros(()) if bias is None else bias, masked, tokens))
+        return apply(self, logits, bias, masked, tokens, num_prefix, *rest)
+
+    @jax.jit
+    def diagnose(params, images):
+        seen.clear()
+        return objective.make_diagnose(method, config.data)(params, images, jax.random.key(1))['blocks'], list(seen)
+
+    monkeypatch.setattr(mto.BlockHook, 'apply', recorded)
+    shown, read = diagnose(params, rng.integers(0, 256, (4, 28, 28, 1), np.uint8))
+    assert set(shown) == {'spa', 'het', 'rho', 'het_token', 'het_visible', 'mass', 'mass_used'}
+    assert len(read) == method.mask_depth
+    for i, (logits, bias, masked, tokens) in enumerate(read):
+        logits, masked, patches = f64(logits), np.asarray(masked), f64(tokens)[:, 1:]
+        patch_masked = masked[:, 1:]
+        want = {
+            'het': np_het(logits, masked),
+            'het_token': np_het(np_affinity(patches)[:, None], patch_masked),
+            'het_visible': np_het(logits, masked, of=~masked),
+            'rho': np_density(patches, patch_masked),
+            'spa': np_spa(logits, masked, entropy=False),
+            'mass': np_mass(logits, masked),
+            'mass_used': np_mass(logits + f64(bias), masked),
+        }
+        for term, value in want.items():
+            np.testing.assert_allclose(shown[term][i], value, rtol=1e-4, atol=1e-5, err_msg=f'{term} of block {i}')

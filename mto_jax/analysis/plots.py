@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mto_jax.workdir import write
 
 BLOCK_TERMS = {
-    'het': 'heterogeneity (attention entropy)',
+    'het': 'heterogeneity (attention entropy per head)',
     'het_token': 'heterogeneity (token entropy)',
     'rho': 'density of masked tokens (log, relative)',
     'mass_used': 'visible-to-masked attention (1: even share)',

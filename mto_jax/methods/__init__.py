@@ -28,7 +28,7 @@ class Output:
       predictions: (B, N, p * p * C), what the method predicts at each patch.
       target: (B, N, p * p * C), what it is compared with.
       mask: bool (B, N), True where a patch was hidden.
-      stats: MTO's statistics of the blocks it read in the mask-bearing stack.
+      stats: of blocks of the mask-bearing stack: what MTO's losses need, or with `everything` `mto.diagnosis` of each.
       embedded: (B, N, D) tokens that enter that stack, before positions.
     """
 

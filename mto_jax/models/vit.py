@@ -157,7 +157,7 @@ class Transformer(nn.Module):
           masked: bool (B, P + N); without it MTO does nothing.
           embedded: the input before positions are added, (B, P + N, D), which MTO reads at block 0.
           train: apply drop path.
-          everything: return all of MTO's statistics of every block.
+          everything: return `mto.diagnosis` of every block instead of what MTO's losses need.
           depth: apply the first blocks only.
         """
         a, stats = self.arch, {}
@@ -209,7 +209,7 @@ class ViT(nn.Module):
           ids_keep: int (B, K), the patches to encode (MAE).
           mask: bool (B, N), the patches that a mask token stands for (SimMIM); creates that parameter.
           train: apply drop path.
-          everything: return all of MTO's statistics.
+          everything: return `mto.diagnosis` of every block instead of what MTO's losses need.
           depth: stop after this many blocks, without the final norm; None for all blocks and the norm.
 
         Raises:
