@@ -42,7 +42,7 @@ COLUMNS = (
     'knn',
     'finetune',  # the accuracy after it; at the end only
     'reconstruction',  # the method's own loss on evaluation images under fixed masks
-    'het',  # heterogeneity per block, at the end only
+    'het',  # heterogeneity per block as `mto.diagnosis` has it, at the end only
     'step_seconds',  # of training, all seeds of the dispatch together
 )
 
@@ -99,6 +99,8 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
     table = workdir / 'table.csv'
+    if table.exists():
+        _columns(table)  # rows could not be added, hours later
     mine = jobs[study.index :: study.count]
     for number, (variant, budget, seeds, setup) in enumerate(mine, 1):
         mark = fingerprint(setup)
@@ -215,14 +217,30 @@ def read(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+def _columns(table: Path) -> Sequence[str]:
+    with table.open(newline='') as f:
+        columns = next(csv.reader(f), COLUMNS)  # none yet: another process is about to write them
+    if missing := [c for c in COLUMNS if c not in columns]:
+        raise UserError(
+            f'{table} has no column {", ".join(missing)}; rows of a study need {", ".join(COLUMNS)}: add what is '
+            'missing to the table, or use another --workdir'
+        )
+    return columns
+
+
 def append(table: Path, rows: Sequence[dict]) -> None:
-    """Add rows in one write, so that several processes can share a table."""
+    """Add rows under the table's own column names, in one write, so that several processes can share a table.
+
+    Raises:
+      UserError: for a table that lacks one of COLUMNS.
+    """
     with contextlib.suppress(FileExistsError), table.open('x') as f:
         f.write(','.join(COLUMNS) + '\n')
+    columns = _columns(table)
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator='\n')
     for row in rows:
-        cells = (row.get(c) for c in COLUMNS)
+        cells = (row.get(c) for c in columns)
         writer.writerow([f'{v:.5g}' if isinstance(v, float) else v for v in cells])
     with table.open('a') as f:
         f.write(lines.getvalue())

@@ -256,6 +256,40 @@ def test_report_by_hand(tmp_path):
     assert '| baseline, slower | linear probe | at most 0.25 (at most 0.25 to at most 0.25) |' in text
 
 
+def test_two_definitions_of_heterogeneity_are_never_mixed(tmp_path, monkeypatch):
+    """Rows added to an older table go under its names, and each definition has a panel of its own."""
+    table = tmp_path / 'a.csv'
+    columns = list(study.COLUMNS)
+    columns.insert(columns.index('het'), 'het_own')
+    table.write_text(','.join(columns) + '\n')
+    about = {'config': 'x', 'method': 'mae', 'linear': 0.7, 'knn': 0.6, 'reconstruction': 0.3, 'step_seconds': 0.1}
+    for budget in (1.0, 2.0):
+        for variant, column in (('baseline', 'het'), ('older', 'het_own'), ('newer', 'het')):
+            for seed, het in enumerate(('0.9 0.8 0.7', '0.7 0.6 0.5')):
+                row = about | {'variant': variant, 'seed': seed, 'budget': budget, 'epoch': budget, column: het}
+                study.append(table, [row])
+    rows = study.read(table)
+    assert {(r['variant'], bool(r['het']), bool(r['het_own'])) for r in rows} == {
+        ('baseline', True, False),
+        ('older', False, True),
+        ('newer', True, False),
+    }
+    figures = []
+    monkeypatch.setattr(study_report.Figure, 'savefig', lambda self, *_, **__: figures.append(self))
+    study_report.write(table)
+    panels = {a.get_title(): {n.get_label(): n.get_ydata() for n in a.get_lines()} for a in figures[0].axes}
+    shown = [{k: list(v) for k, v in panels[t].items() if len(v)} for t in study_report.HETEROGENEITY.values()]
+    mean = pytest.approx([0.8, 0.7, 0.6])
+    assert shown == [{'baseline': mean, 'newer': mean}, {'older': mean}]
+    assert '`het_own`' in table.with_suffix('.md').read_text()
+
+
+def test_a_table_without_a_column_is_refused(two_runs, tmp_path):
+    (tmp_path / 'table.csv').write_text(','.join(c for c in study.COLUMNS if c != 'het') + '\n')
+    with pytest.raises(UserError, match=r'table\.csv has no column het'):
+        study.run(two_runs, tmp_path)
+
+
 def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
     """Killed while the second evaluation is saved: the run goes on from the first, to the same rows."""
     two_runs.study.variants = {'baseline': {}}

@@ -18,6 +18,9 @@ from mto_jax import study
 from mto_jax.analysis import speed
 
 METRICS = {'linear': 'linear probe', 'knn': 'kNN', 'finetune': 'fine-tuning'}
+# Columns of heterogeneity: each is of one definition and has a panel of its own. Studies write the first; older tables
+# have the second for runs with MTO.
+HETEROGENEITY = {'het': 'heterogeneity at the end', 'het_own': 'heterogeneity by own mto.affinity: not comparable'}
 
 
 class Table:
@@ -73,14 +76,18 @@ class Table:
         seeds = sorted(self.seeds(base, budget))
         return [m for m in METRICS if not np.isnan(self.final(base, budget, m, seeds)).all()]
 
+    def has(self, column: str) -> bool:
+        """Whether any row has a value of this column."""
+        return any(r.get(column) for r in self._rows)
+
     def random(self, column: str) -> float:
         """Mean value of the untrained network."""
         found = {r['seed']: r[column] for r in self._rows if r['epoch'] == 0}  # a seed may have more than one row
         return float(np.mean(list(found.values()) or [np.nan]))
 
-    def heterogeneity(self, variant: str, budget: float) -> np.ndarray:
-        """Mean over the seeds at the end of the runs, (blocks,)."""
-        rows = [r['het'] for r in self._of(variant, budget) if r['epoch'] == budget and r['het']]
+    def heterogeneity(self, variant: str, budget: float, column: str) -> np.ndarray:
+        """Mean over the seeds at the end of the runs, (blocks,), of a column of HETEROGENEITY; empty without values."""
+        rows = [r[column] for r in self._of(variant, budget) if r['epoch'] == budget and r.get(column)]
         return np.mean([[float(v) for v in r.split()] for r in rows], axis=0) if rows else np.array([])
 
     def _of(self, variant, budget):
@@ -160,6 +167,12 @@ def write(path: Path) -> None:
         f'points from {best} over paired seeds, with 95% t intervals.',
         f'An untrained network: {random}.',
     ]
+    if table.has('het_own'):
+        text += [
+            '',
+            '`het` in the .csv is the heterogeneity of each head’s attention, then the mean over heads; `het_own` is',
+            'by the run’s own `mto.affinity` and `mto.scale_guard`. The two are not comparable.',
+        ]
     if len(table.budgets) > 1:
         text += ['', '### Speed', '', *speed_table(table, table.baselines)]
         for base in table.baselines if len(table.baselines) > 1 else ():
@@ -174,10 +187,11 @@ def write(path: Path) -> None:
 
 
 def _plot_budgets(table: Table, path: Path) -> None:
-    """Final values over budgets with standard errors, a line a variant, beside heterogeneity over the blocks."""
-    shown = table.measured(table.budgets[-1])
-    fig = Figure(figsize=(4.4 * (len(shown) + 1), 3.8), layout='constrained')
-    axes = fig.subplots(1, len(shown) + 1)
+    """Final values over budgets with standard errors, a line per variant; and heterogeneity over the blocks."""
+    shown, per_block = table.measured(table.budgets[-1]), [c for c in HETEROGENEITY if table.has(c)]
+    panels = len(shown) + len(per_block)
+    fig = Figure(figsize=(4.4 * panels, 3.8), layout='constrained')
+    axes = fig.subplots(1, panels, squeeze=False)[0]
     for colour, variant in enumerate(table.variants):
         for axis, metric in zip(axes, shown, strict=False):
             points = [(b, 100 * table.final(variant, b, metric, table.shared(variant, b))) for b in table.budgets]
@@ -185,16 +199,18 @@ def _plot_budgets(table: Table, path: Path) -> None:
             means = [v.mean() for _, v in points]
             errors = [v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else 0 for _, v in points]
             axis.errorbar([b for b, _ in points], means, errors, None, f'C{colour}o-', label=variant, capsize=3)
-        het = table.heterogeneity(variant, table.budgets[-1])
-        axes[-1].plot(range(len(het)), het, marker='o', color=f'C{colour}', label=variant)
+        for axis, column in zip(axes[len(shown) :], per_block, strict=True):
+            het = table.heterogeneity(variant, table.budgets[-1], column)
+            axis.plot(range(len(het)), het, marker='o', color=f'C{colour}', label=variant)
     for axis, metric in zip(axes, shown, strict=False):
         axis.set_xscale('log', base=2)
         axis.set_xticks(table.budgets, [f'{b:g}' for b in table.budgets])
         axis.set_xlabel('epochs (own full schedule)')
         axis.set_title(f'{METRICS[metric]}, %', fontsize=10)
-    axes[-1].set_title('heterogeneity at the end', fontsize=10)
-    axes[-1].set_xlabel('block')
-    axes[-1].set_xticks(range(len(het)))
+    for axis, column in zip(axes[len(shown) :], per_block, strict=True):
+        axis.set_xlabel('block')
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(HETEROGENEITY[column], fontsize=10)
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
