@@ -5,6 +5,9 @@ comment says so.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from mto_jax import rules
 
 
 def get_config() -> ConfigDict:
@@ -13,7 +16,7 @@ def get_config() -> ConfigDict:
     c.method = 'mae'  # mae, simmim, or an importable module with build(config)
     c.seed = 0
     c.workdir = ''  # '' for runs/<name of the config>; the same workdir resumes
-    c.checkpoint = ''  # for evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
+    c.checkpoint = ''  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
     c.resume_anyway = False  # resume although fields differ from those the run started with
 
     c.data = ConfigDict()
@@ -145,6 +148,22 @@ def get_config() -> ConfigDict:
     c.study.index = 0  # this machine's share of the grid: every count-th run from index on
     c.study.count = 1
     return c
+
+
+def evaluation(task: str) -> ConfigDict:
+    """The config of an evaluation: None, for what the checkpoint's own config says, in every field but its own."""
+    c = get_config()
+    c.task = task
+    _unset(c)
+    return c
+
+
+def _unset(c: ConfigDict, prefix: str = '') -> None:
+    for name, value in c.items():
+        if isinstance(value, ConfigDict):
+            _unset(value, f'{prefix}{name}.')
+        elif not rules.is_among(prefix + name, rules.EVALUATION):
+            c[name] = placeholder(type(value))
 
 
 def _optim() -> ConfigDict:

@@ -2,14 +2,13 @@
 
     python main.py --config=configs/linear.py --config.checkpoint=runs/mae_mto
 
-The model and the data come from the checkpoint's own config; the fields under `eval` from here. This is a quick,
-convex probe, comparable between encoders, not the augmented 90-epoch recipe that papers report.
+The model and the data come from the checkpoint's own config; the fields under `eval` from here. The data source and
+splits can be set (`--config.data.test_split=...`); a field that cannot is refused by name. This is a quick, convex
+probe, comparable between encoders, not the augmented 90-epoch recipe that papers report.
 """
 
 from configs import base
 
 
 def get_config():
-    c = base.get_config()
-    c.task = 'linear'
-    return c
+    return base.evaluation('linear')

@@ -4,7 +4,7 @@ What fields must be to each other (heads that divide a width, a batch that split
 meet. Types are ml_collections' business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mto_jax.errors import UserError
@@ -114,15 +114,36 @@ RULES: dict[str, Rule] = {
 } | {f'{part}optim.{name}': rule for part in ('', 'finetune.') for name, rule in OPTIM.items()}
 
 
-def check(config) -> None:
-    """Raises UserError for the first field that cannot be what it is, naming it, its value and what it must be."""
+# Fields that an evaluation of a checkpoint has itself; a name that ends in a dot stands for all below it.
+EVALUATION = ('task', 'workdir', 'checkpoint', 'deterministic', 'allow_cpu', 'hosts.', 'mesh.', 'eval.')
+# Fields of the checkpoint's config that it may replace: where the data lie and how they are read, and the attention
+# kernel, which may not exist on the device that evaluates.
+REPLACEABLE = ('data.name', 'data.data_dir', 'data.train_split', 'data.test_split', 'data.num_classes')
+REPLACEABLE += ('data.eval_resize', 'data.on_error', 'data.threads', 'model.attention')
+
+
+def is_among(name: str, fields: Sequence[str]) -> bool:
+    """Whether a dotted name is one of the fields, or below one that ends in a dot."""
+    return any(name == f or (f[-1] == '.' and name.startswith(f)) for f in fields)
+
+
+def check(config, partial: bool = False) -> None:
+    """Raises UserError for the first field that cannot be what it is, naming it, its value and what it must be.
+
+    Args:
+      partial: fields may be None, which stands for what a checkpoint's config says.
+    """
     for name, (ok, words) in RULES.items():
         value = config
         for part in name.split('.'):
             value = value[part]
-        if not ok(value):
+        if value is None and partial:
+            continue
+        if value is None or not ok(value):
             raise UserError(f'{name} is {value!r}; it must be {words}')
     for name in ('mean', 'std'):
+        if partial and None in (config.data[name], config.data.channels):
+            continue
         if len(config.data[name]) != config.data.channels:
             raise UserError(
                 f'data.{name} has {len(config.data[name])} values; it must have one for each of data.channels '

@@ -22,6 +22,9 @@ TASKS: dict[str, Callable[[ConfigDict, epath.Path], object]] = {
 }
 
 
+PARTIAL = ('knn', 'linear', 'check')  # may leave fields to the checkpoint's config
+
+
 def run(config: ConfigDict, workdir: epath.Path) -> object:
     """Do what `config.task` says.
 
@@ -30,8 +33,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
     """
     if config.task not in TASKS:
         raise UserError(f'task is {config.task!r}; it must be one of {", ".join(TASKS)}')
-    rules.check(config)
+    rules.check(config, partial=config.task in PARTIAL)
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     hosts.start(config.hosts)
+    if config.task == 'check' and config.method is None:  # an evaluation's --check: of the data it would read
+        config = probes.recorded(config)
+        config.data.val_split = config.data.test_split
     return TASKS[config.task](config, epath.Path(workdir))

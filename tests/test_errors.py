@@ -123,6 +123,7 @@ def test_a_field_by_itself(fails, field, value):
         ({'mto.recalibration': 'exclude', 'mto.exclude_blocks': 5}, 'mto.exclude_blocks is 5'),
         ({'eval.features': 'class', 'model.class_token': False}, 'model.class_token'),
         ({'batch_size': 131}, '1 to 130'),
+        ({'epochs': None}, 'epochs is None; it must be'),
         ({'accumulate': 3}, 'accumulate'),
         ({'eval.batch_size': 30, 'mesh.data': 4}, 'eval.batch_size is 30'),
         ({'mesh.data': 3}, 'batch_size is 32'),

@@ -1,18 +1,24 @@
 """Probes against independent forms, and evaluations of a checkpoint."""
 
 import importlib
+import re
+import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image
 
 from configs import base
 from mto_jax import checkpoint, in_memory, methods, objective, optim, tasks, trainer
 from mto_jax.data import memory
 from mto_jax.errors import UserError
-from mto_jax.evals import features, finetune, knn, linear
+from mto_jax.evals import features, finetune, knn, linear, probes
 from tests.conftest import shrink
 
 
@@ -194,14 +200,19 @@ def test_finetune_learns_from_few_labels(config):
     assert (finetune.subset(600, 0.1, 3) != finetune.subset(600, 0.1, 4)).any()
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """The workdir of a short pre-training whose model has no class token, with a shorter training split."""
+def short_pretraining():
+    """A model without a class token, and a shorter training split."""
     c = shrink(base.get_config())
     c.model.class_token, c.model.depth, c.epochs, c.optim.warmup_epochs = False, 1, 1.0, 0.0
     c.data.train_split, c.data.crop, c.diagnose_every = 'train[:64]', 'resize', 0
+    return c
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """The workdir of `short_pretraining`."""
     workdir = tmp_path_factory.mktemp('trained')
-    trainer.pretrain(c, workdir)
+    trainer.pretrain(short_pretraining(), workdir)
     return workdir
 
 
@@ -235,3 +246,86 @@ def test_bad_evaluations_stop_before_any_work(trained, tmp_path, monkeypatch, ta
     with pytest.raises(UserError, match=word):
         tasks.run(config, tmp_path / 'w')
     assert not (tmp_path / 'w').exists()
+
+
+def from_command_line(trained, *fields):
+    """`evaluation` by the flags that main.py parses."""
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file('config', flag_values=values, lock_config=True)
+    fields = (f'checkpoint={trained}', 'mesh.data=1', 'eval.batch_size=32', *fields)
+    argv = ['main.py', '--config=configs/knn.py', *(f'--config.{f}' for f in fields)]
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as m:
+        warnings.simplefilter('ignore', DeprecationWarning)  # of how ml_collections loads a file
+        m.setattr(sys, 'argv', argv)  # where it looks for the fields
+        values(argv)
+    return holder.value
+
+
+@pytest.mark.parametrize('surface', ['python', 'command line'])
+def test_evaluations_read_the_split_they_are_given(trained, tmp_path, surface):
+    """On the training split every image is its own nearest neighbour."""
+    if surface == 'python':
+        config = evaluation(trained)
+        config.data.test_split = 'train[:64]'
+    else:
+        config = from_command_line(trained, 'data.test_split=train[:64]')
+    found = tasks.run(config, tmp_path / 'train')
+    assert (found['split'], found['knn_1']) == ('train[:64]', 1.0)
+    recorded = tasks.run(evaluation(trained), tmp_path / 'recorded')
+    assert recorded['split'] == 'test[:70]'
+    assert recorded['knn_1'] < 0.9
+
+
+def test_a_default_that_is_given_counts(trained, tmp_path):
+    """The default test split of the schema, which these data do not have."""
+    with pytest.raises(UserError, match="no split 'validation'"):
+        tasks.run(from_command_line(trained, 'data.test_split=validation'), tmp_path / 'w')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('model.size', 'ti'),
+        ('model.depth', 2),
+        ('data.image_size', (32, 32)),
+        ('data.mean', (0.5,)),
+        ('epochs', 3.0),
+        ('mto.enabled', True),
+        ('seed', 1),
+        ('data.val_split', 'test'),
+    ],
+)
+def test_evaluations_refuse_other_fields(trained, tmp_path, field, value):
+    """By name, from Python and the command line; the checkpoint's own value is no contradiction."""
+    for config in (evaluation(trained, **{field: value}), from_command_line(trained, f'{field}={value}')):
+        with pytest.raises(UserError, match=rf'cannot set: {re.escape(field)} \(given'):
+            tasks.run(config, tmp_path / 'w')
+    assert not (tmp_path / 'w').exists()
+    full = short_pretraining()
+    full.task, full.checkpoint = 'knn', str(trained)
+    assert probes.recorded(full).task == 'knn'
+    full.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=re.escape(field)):
+        probes.recorded(full)
+
+
+def test_bad_values_of_evaluations_are_named(trained, tmp_path):
+    with pytest.raises(UserError, match=r"data\.on_error is 'skip'; it must be"):
+        tasks.run(evaluation(trained, **{'data.on_error': 'skip'}), tmp_path / 'w')
+
+
+def test_advice_for_evaluations_works(trained, tmp_path, rng):
+    """Other data of which an image is bad: each message's flag, followed, leads on; `--check` names the image."""
+    for i in range(8):
+        path = tmp_path / 'images' / ('train' if i < 5 else 'val') / 'ab'[i % 2] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (28, 28), np.uint8)).save(path)
+    path.write_bytes(b'not an image')
+    given = ['data.name=folder', f'data.data_dir={tmp_path}/images', 'data.train_split=train', 'data.test_split=val']
+    with pytest.raises(UserError, match='cannot decode') as e:
+        tasks.run(from_command_line(trained, *given), tmp_path / 'w')
+    advice = re.search(r'--config\.(data\.on_error=\w+)', str(e.value))[1]
+    assert 0 <= tasks.run(from_command_line(trained, *given, advice), tmp_path / 'w')['knn_1'] <= 1
+    with pytest.raises(UserError, match='1 images cannot be decoded'):
+        tasks.run(from_command_line(trained, *given, 'task=check'), tmp_path / 'w')
+    assert tasks.run(from_command_line(trained, 'task=check'), tmp_path / 'w') == []  # the checkpoint's own data

@@ -1,13 +1,15 @@
 """Probes of frozen encoders: `config.task='knn'` and `'linear'`, and the same during pre-training."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, hosts, methods, objective, parallel
+from mto_jax import checkpoint, hosts, methods, objective, parallel, rules
 from mto_jax.data import order, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen
@@ -46,21 +48,63 @@ def eval_part(batch_size: int, mesh) -> order.Part:
     return parallel.local_part(batch_size, mesh)
 
 
+def merged(saved: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
+    """The config of a checkpoint, `saved`, with what an evaluation's `config` sets.
+
+    A field is set where it is not None. `rules.EVALUATION` and `rules.REPLACEABLE` are taken over; any other must have
+    the checkpoint's own value.
+
+    Raises:
+      UserError: naming the fields that an evaluation cannot set.
+    """
+    there = hosts.flatten(saved)
+    given = hosts.flatten(json.loads(json.dumps(config.to_dict())))
+    given = {name: value for name, value in given.items() if value is not None}
+    free = {n for n in given if rules.is_among(n, rules.EVALUATION + rules.REPLACEABLE)}
+    refused = [n for n in sorted(given) if n not in free and (n not in there or given[n] != there[n])]
+    if refused:
+        shown = ', '.join(f'{n} (given {given[n]!r}, there {there.get(n)!r})' for n in refused[:5])
+        more = f' and {len(refused) - 5} more' if len(refused) > 5 else ''
+        own, replaceable = (
+            ', '.join(f + '*' * (f[-1] == '.') for f in g) for g in (rules.EVALUATION, rules.REPLACEABLE)
+        )
+        raise UserError(
+            f'an evaluation takes from the checkpoint, and cannot set: {shown}{more}. Start from configs/knn.py or '
+            f'configs/linear.py and leave them out; what can be set is {own}, {replaceable}'
+        )
+    out = ConfigDict(saved)
+    for name in free:
+        *groups, last = name.split('.')
+        reduce(lambda fields, group: fields[group], groups, out)[last] = given[name]
+    return out
+
+
+def recorded(config: ConfigDict) -> ConfigDict:
+    """`merged` for the checkpoint that `config.checkpoint` names.
+
+    Raises:
+      UserError: as `merged`, or if there is no checkpoint.
+    """
+    rules.check(config, partial=True)
+    *_, found = checkpoint.read(config.checkpoint, lambda reader, step: merged(reader.config(step), config))
+    return found
+
+
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     """Probe the checkpoint that `config.checkpoint` names on the test split; writes `<task>.json`.
 
-    The model and its data come from the checkpoint's own config, the rest from `config.eval`. `config.data.data_dir`
-    replaces the recorded one where it is set.
+    The model and its data come from the checkpoint's own config, as `merged` says.
+
+    Raises:
+      UserError: as `merged`, for a field that the model or the data do not fit, or a damaged checkpoint.
     """
     mesh = parallel.make_mesh(**config.mesh)
 
     def load(reader, step):
-        saved = ConfigDict(reader.config(step))
-        saved.eval, saved.task = config.eval, config.task
-        if config.data.data_dir:
-            saved.data.data_dir = config.data.data_dir
-        method = methods.build(saved)
-        check(method, saved, mesh, saved.data.train_split, saved.data.test_split)
+        saved = merged(reader.config(step), config)
+        with hosts.together():
+            method = methods.build(saved)
+            check(method, saved, mesh, saved.data.train_split, saved.data.test_split)
         shapes = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
         abstract = checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh))
         return saved, method, reader.restore_params(abstract, step)
