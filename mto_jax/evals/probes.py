@@ -102,9 +102,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
 
     def load(reader, step):
         saved = merged(reader.config(step), config)
-        with hosts.together():
-            method = methods.build(saved)
-            check(method, saved, mesh, saved.data.train_split, saved.data.test_split)
+        method = methods.build(saved)
+        check(method, saved, mesh, saved.data.train_split, saved.data.test_split)
         shapes = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
         abstract = checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh))
         return saved, method, reader.restore_params(abstract, step)
