@@ -90,7 +90,10 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         say(line)
 
     step_fn = training.step(mesh)
-    fixed = next(pipeline.eval_batches(watched, config.data, min(64, watched.num_examples)))['image']
+    count = min(64, watched.num_examples)
+    # A folder's first images are all of one class. A sequential format would be read to its end for a random subset.
+    limit = count if watched.random_access else 0
+    fixed = next(pipeline.eval_batches(watched, config.data, count, limit))['image']
     encode = features.encoder(training.method, config)
     diagnose = jax.jit(objective.make_diagnose(training.method, config.data), out_shardings=parallel.replicated(mesh))
     log = Log(workdir, start)

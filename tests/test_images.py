@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import mae_mto, simmim
-from mto_jax import tasks
+from mto_jax import tasks, trainer
 from mto_jax.data import check, folder, order, pipeline, sources
 from mto_jax.errors import UserError
 
@@ -106,9 +106,7 @@ def flagship(photos, tmp_path):
 @pytest.mark.parametrize('photos', ['folder', 'array_record'], indirect=True)
 def test_from_jpegs_to_a_probe(flagship, tmp_path):
     """Pre-training stopped half-way and resumed ends bitwise as the uninterrupted one; then the probes."""
-    from mto_jax.trainer import pretrain
-
-    whole = pretrain(flagship, tmp_path / 'whole')
+    whole = trainer.pretrain(flagship, tmp_path / 'whole')
     assert int(whole.step) == 6
 
     class Stop(Exception):
@@ -129,8 +127,8 @@ def test_from_jpegs_to_a_probe(flagship, tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(pipeline.Prefetch, '__next__', until(4))
         with pytest.raises(Stop):
-            pretrain(flagship, tmp_path / 'part')
-    resumed = pretrain(flagship, tmp_path / 'part')
+            trainer.pretrain(flagship, tmp_path / 'part')
+    resumed = trainer.pretrain(flagship, tmp_path / 'part')
     jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
     for task in ('knn', 'linear'):
         flagship.task, flagship.checkpoint = task, str(tmp_path / 'part')
@@ -367,6 +365,30 @@ def test_folder_slices_are_stratified(tmp_path, classes):
             assert paths != everything[: len(paths)]
     assert opened('train[90%:]')[1].tolist() == [round(n / 10) for n in counts]
     assert opened('train[:37]')[0] == opened('train[:37]', 'another/place')[0]
+
+
+def test_the_images_that_are_diagnosed_are_of_all_classes(config, tmp_path, monkeypatch):
+    """The fixed batch of a folder, whose images lie class by class."""
+    encoded = png(photo(0).resize((28, 28)).convert('L'))
+    for name in ('a', 'b'):
+        for i in range(70):
+            path = tmp_path / 'data' / 'train' / name / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded)
+    data = config.data
+    data.name, data.data_dir, data.train_split, data.val_split = 'folder', str(tmp_path / 'data'), 'train', 'train'
+    real, seen = pipeline.eval_batches, []
+
+    def recorded(*args):
+        for batch in real(*args):
+            seen.append(batch['label'])
+            yield batch
+
+    monkeypatch.setattr(pipeline, 'eval_batches', recorded)
+    config.epochs, config.optim.warmup_epochs = 0.5, 0.25
+    trainer.pretrain(config, tmp_path / 'w')
+    assert len(seen[0]) == 64
+    assert set(seen[0]) == {0, 1}
 
 
 def test_folder_with_stray_images(tmp_path):
