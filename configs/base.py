@@ -120,6 +120,7 @@ def get_config() -> ConfigDict:
     c.eval.batch_size = 512
     c.eval.train_examples = 0  # how many training images the probes use, a fixed random subset; 0: all
     c.eval.features = 'mean'  # mean of the patch tokens, or class
+    c.eval.weights = 'student'  # student, or teacher where the method has one
     c.eval.depth = 0  # blocks to apply; 0 for all and the final norm
     c.eval.knn_k = (1, 5, 10, 20)
     c.eval.knn_temperature = 0.07

@@ -1,14 +1,15 @@
 """Checkpoints: the only module that imports orbax.
 
-A workdir holds `checkpoints/<step>/` with the items params, opt_state, config and about, so that an evaluation can read
-the parameters alone. `about` tells what the run depended on, and a checksum of every array: orbax does not notice a
-flipped bit, so a restored state is compared with it.
+A workdir holds `checkpoints/<step>/` with the items params, opt_state, config, about and one per entry of the model
+state (`model_state.teacher`), so that an evaluation can read the parameters, or a teacher, alone. `about` tells what
+the run depended on, and a checksum of every array: orbax does not notice a flipped bit, so a restored state is compared
+with it.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -25,6 +26,8 @@ from mto_jax.metrics import say
 from mto_jax.train_state import TrainState
 
 NAME = 'checkpoints'  # of the folder in a workdir
+FORMAT = 2  # of what is saved; 1 had no model state and another tree of the optimizer
+STATE = 'model_state.'  # begins the name of an item that holds an entry of the model state
 ASIDE = 'damaged'  # where what cannot be restored is moved
 DELETION = 5.0  # seconds within which a checkpoint that is being deleted is gone
 
@@ -37,12 +40,15 @@ class Checkpointer:
     Args:
       workdir: holds the checkpoints.
       keep: how many of the newest are kept.
+      entries: of the model state that will be saved; those of what is there are known.
       read_only: for everyone but the job that holds the workdir's lock: nothing in it is written, cleaned or deleted.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 1, read_only: bool = False):
+    def __init__(self, workdir: epath.PathLike, keep: int = 1, entries: Iterable[str] = (), *, read_only: bool = False):
         self.workdir = epath.Path(workdir).resolve()
         self.directory = self.workdir / NAME
+        arrays = {'params', 'opt_state', *(f'{STATE}{entry}' for entry in entries)}
+        arrays |= {p.name for p in self.directory.glob(f'*/{STATE}*')}
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),
@@ -63,8 +69,7 @@ class Checkpointer:
             ),
             # Named here, so that a new process can read the metadata of what an earlier one saved.
             item_handlers={
-                'params': ocp.StandardCheckpointHandler(),
-                'opt_state': ocp.StandardCheckpointHandler(),
+                **{name: ocp.StandardCheckpointHandler() for name in sorted(arrays)},
                 'config': ocp.JsonCheckpointHandler(),
                 'about': ocp.JsonCheckpointHandler(),
             },
@@ -89,12 +94,12 @@ class Checkpointer:
         Raises:
           UserError: if it cannot be written, or the save before this one could not. Older checkpoints are whole.
         """
-        sums = {'params': checksums(state.params), 'opt_state': checksums(state.opt_state)}
+        items = _items(state)
+        sums = {name: checksums(tree) for name, tree in items.items()}
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             config=ocp.args.JsonSave(config),
-            about=ocp.args.JsonSave({**about, 'checksums': sums}),
+            about=ocp.args.JsonSave({**about, 'format': FORMAT, 'checksums': sums}),
         )
         with self._explained():
             metrics = None if score is None else {'score': float(score)}
@@ -143,16 +148,25 @@ class Checkpointer:
         """The state of `step`, with the shapes, dtypes and shardings of `abstract` (jax.ShapeDtypeStruct leaves).
 
         Raises:
-          UserError: if paths, shapes or dtypes differ, before anything is read.
+          UserError: if it was saved by an earlier version, or paths, shapes or dtypes differ, before anything is read.
           Damaged: if it cannot be read or is not what was saved.
         """
-        items = {'params': abstract.params, 'opt_state': abstract.opt_state}
-        out = self._read(items, step)
-        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), out['params'], out['opt_state'])
+        if self.about(step).get('format', 1) != FORMAT:
+            raise UserError(
+                f'the checkpoint {self.directory / str(step)} was saved by an earlier version and cannot be resumed; '
+                'choose another --workdir to start again. Evaluations (configs/knn.py, configs/linear.py) can read it'
+            )
+        out = self._read(_items(abstract), step)
+        return TrainState(
+            jax.device_put(np.int32(step), abstract.step.sharding),
+            out['params'],
+            out['opt_state'],
+            {entry: out[f'{STATE}{entry}'] for entry in abstract.model_state},
+        )
 
-    def restore_params(self, abstract: Any, step: int) -> Any:
-        """The parameters of `step` alone. Raises as `restore`."""
-        return self._read({'params': abstract}, step)['params']
+    def restore_item(self, abstract: Any, step: int, name: str) -> Any:
+        """One item of `step` alone: 'params', or 'model_state.' and an entry. Raises as `restore`."""
+        return self._read({name: abstract}, step)[name]
 
     def _read(self, items: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         where = self.directory / str(step)
@@ -250,6 +264,12 @@ class Checkpointer:
 
 class Damaged(UserError):
     """A checkpoint that cannot be read, or is not what was saved."""
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state, as a checkpoint's items."""
+    entries = {f'{STATE}{entry}': tree for entry, tree in state.model_state.items()}
+    return {'params': state.params, 'opt_state': state.opt_state, **entries}
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -1,14 +1,13 @@
 """`config.task='compare'`: one pre-training without and one with MTO for each seed, probed beside simpler features."""
 
 import json
-from functools import partial
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import hosts, methods, objective, parallel, train_state, trainer
+from mto_jax import hosts, methods, parallel, train_state, trainer
 from mto_jax.analysis import plots, report
 from mto_jax.evals import features, probes
 from mto_jax.metrics import read_history, say
@@ -26,7 +25,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     """
     for enabled in (False, True):
         mesh, *_, training = trainer.check(_setup(config, config.compare.seeds[0], enabled))
-        probes.check(training.method, config, mesh, config.data.test_split)
+        probes.check(training.objective.method, config, mesh, config.data.test_split)
     workdir = epath.Path(workdir)
     results: dict[str, list[dict[str, float]]] = {}
     folders = []
@@ -45,12 +44,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
             encode = features.encoder(method, setup)
             name = f'{config.method} + MTO' if enabled else config.method
             if not enabled:
-                init = partial(objective.init_params, method, train_state.stream(seed, 'init'))
-                measure('random encoder', encode, jax.jit(init, out_shardings=parallel.replicated(mesh))(), setup)
+                key, everywhere = train_state.stream(seed, 'init'), parallel.replicated(mesh)
+                params, _ = jax.jit(method.init, out_shardings=everywhere)(key)
+                measure('random encoder', encode, params, setup)  # a teacher starts as the student
             say(f'--- {name}, seed {seed}')
             folders.append(workdir / f'seed{seed}' / (config.method + '_mto' * enabled))
             state = trainer.pretrain(setup, folders[-1])
-            measure(name, encode, state.params, setup)
+            measure(name, encode, features.weights(state, setup.eval), setup)
 
     text = table(results, config.eval.knn_k[-1])
     if hosts.is_first():

@@ -115,7 +115,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     }
     try:
         with jax.set_mesh(mesh):
-            compiled = training.step(mesh).lower(state, meter, batch, key).compile()
+            compiled = training.step(mesh).lower(state, meter, training.objective.constants, batch, key).compile()
     except jax.errors.JaxRuntimeError as e:
         if 'RESOURCE_EXHAUSTED' not in str(e):
             raise

@@ -20,19 +20,19 @@ from mto_jax.train_state import Meter, TrainState
 
 
 def make_steps(train_step: Callable) -> Callable:
-    """`steps(states, meters, data, positions, keys) -> (states, meters)`, jitted; the first two are donated.
+    """`steps(states, meters, constants, data, positions, keys) -> (states, meters)`, jitted; the first two are donated.
 
-    States, meters and keys have a leading axis of seeds. `data` is a dict of arrays (n, ...) that all seeds share, of
-    which step t of seed s takes the rows `positions[s, t]`; positions is int (seeds, steps, batch).
+    States, meters and keys have a leading axis of seeds. `data` is a dict of arrays (n, ...) that all seeds share, as
+    they do the constants; step t of seed s takes the rows `positions[s, t]`; positions is int (seeds, steps, batch).
     """
 
-    def steps(state, meter, data, positions, key):
+    def steps(state, meter, constants, data, positions, key):
         def body(carry, rows):
-            return train_step(*carry, jax.tree.map(lambda x: x[rows], data), key), None
+            return train_step(*carry, constants, jax.tree.map(lambda x: x[rows], data), key), None
 
         return jax.lax.scan(body, (state, meter), positions)[0]
 
-    return jax.jit(jax.vmap(steps, in_axes=(0, 0, None, 0, 0)), donate_argnums=(0, 1))
+    return jax.jit(jax.vmap(steps, in_axes=(0, 0, None, None, 0, 0)), donate_argnums=(0, 1))
 
 
 def take(tree, index: int):
@@ -78,7 +78,8 @@ class Run:
             meters = stack([Meter.empty(self.job.names) for _ in seeds])
             rows = [list(order.batch_positions(len(self._images), self._batch_size, s, start, stop)) for s in seeds]
             positions = np.array(rows, np.int32)
-            states, meters = self._steps(states, meters, {'image': self._images}, positions, keys)
+            constants, data = self.job.objective.constants, {'image': self._images}
+            states, meters = self._steps(states, meters, constants, data, positions, keys)
             sums = jax.device_get(meters.sums)
             yield stop, states, {n: v / (stop - start) for n, v in sums.items()}
             start = stop

@@ -1,34 +1,34 @@
 """From a config to a training, short of its data and devices: what the trainer, studies and compilation ahead share."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mto_jax import methods, objective, optim, parallel, rules, schedules, train_state
+from mto_jax import methods, optim, parallel, rules, schedules, train_state
 from mto_jax.data import order
+from mto_jax.methods import Clock
+from mto_jax.objective import Pretraining
 from mto_jax.train_state import Meter, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One pre-training.
+    """One training.
 
     Attributes:
-      method: the method's module.
-      loss_fn: its objective, for `train_state.make_train_step`.
+      objective: what is trained.
       tx: the optimizer.
       schedule: its learning rate.
-      per_epoch, total: steps of an epoch and of the whole training.
+      per_epoch, total: steps per epoch and of the full training.
       names: of the terms that each step logs.
       train_step: the pure step.
     """
 
-    method: methods.Method
-    loss_fn: train_state.LossFn
+    objective: train_state.Objective
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     per_epoch: int
@@ -38,8 +38,16 @@ class Job:
 
     def create(self, seed) -> TrainState:
         """The state before the first step. Pure: to be jitted, with the shardings it shall have."""
-        params = objective.init_params(self.method, train_state.stream(seed, 'init'))
-        return train_state.create(params, self.tx)
+        return train_state.create(self.objective, self.tx, train_state.stream(seed, 'init'))
+
+    def clock(self, step) -> Clock:
+        """Where the training stands before update `step`."""
+        return Clock(step, self.total, self.per_epoch)
+
+    def diagnose(self, state: TrainState, images: jax.Array, key: jax.Array):
+        """`Pretraining.diagnose` of a state."""
+        clock = self.clock(state.step)
+        return self.objective.diagnose(state.params, state.model_state, images, key, clock)
 
     def sharding(self, mesh: Mesh):
         """How the state lies on the mesh, a tree like it of NamedShardings."""
@@ -48,29 +56,55 @@ class Job:
     def step(self, mesh: Mesh) -> Callable[..., tuple[TrainState, Meter]]:
         """`train_step` jitted for the mesh. It donates state and meter. To be called under `jax.set_mesh(mesh)`."""
         state, everywhere, split = self.sharding(mesh), parallel.replicated(mesh), parallel.along_batch(mesh)
+        constants = parallel.shardings(self.objective.constants, mesh)
         return jax.jit(
             self.train_step,
             donate_argnums=(0, 1),
-            in_shardings=(state, everywhere, split, everywhere),
+            in_shardings=(state, everywhere, constants, split, everywhere),
             out_shardings=(state, everywhere),
         )
 
 
+def assemble(
+    objective: train_state.Objective,
+    optimizer,
+    batch_size: int,
+    total: int,
+    per_epoch: int,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    accumulate: int = 1,
+) -> Job:
+    """A training of `objective`.
+
+    Args:
+      optimizer: `config.optim` or one like it.
+      total, per_epoch: steps.
+      shapes: of one microbatch, {name: jax.ShapeDtypeStruct}.
+
+    Raises:
+      UserError: for a schedule that does not fit the training.
+    """
+    schedule = schedules.learning_rate(optimizer, batch_size, total, per_epoch)
+    tx = optim.adamw(optimizer, schedule)
+
+    def clock(step):
+        return Clock(step, total, per_epoch)
+
+    names = train_state.term_names(objective, shapes, clock(jax.ShapeDtypeStruct((), np.int32)))
+    step = train_state.make_train_step(objective, tx, schedule, clock, accumulate)
+    return Job(objective, tx, schedule, per_epoch, total, names, step)
+
+
 def prepare(config, num_examples: int) -> Job:
-    """The training that `config` describes on so many examples.
+    """The pre-training that `config` describes on so many examples.
 
     Raises:
       UserError: for a bad config.
     """
     rules.check(config)
-    method = methods.build(config)
+    data = config.data
+    objective = Pretraining(methods.build(config), tuple(data.mean), tuple(data.std), data.flip)
     per_epoch = order.steps_per_epoch(num_examples, config.batch_size)
     total = schedules.to_steps(config.epochs, per_epoch)
-    schedule = schedules.learning_rate(config.optim, config.batch_size, total, per_epoch)
-    tx = optim.adamw(config.optim, schedule)
-    loss_fn = objective.pretrain_loss(method, config.data)
-    shape = (config.batch_size // config.accumulate, *config.data.image_size, config.data.channels)
-    params = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
-    names = train_state.term_names(loss_fn, params, {'image': jax.ShapeDtypeStruct(shape, np.uint8)})
-    train_step = train_state.make_train_step(loss_fn, tx, schedule, total, config.accumulate)
-    return Job(method, loss_fn, tx, schedule, per_epoch, total, names, train_step)
+    images = jax.ShapeDtypeStruct((config.batch_size // config.accumulate, *data.image_size, data.channels), np.uint8)
+    return assemble(objective, config.optim, config.batch_size, total, per_epoch, {'image': images}, config.accumulate)

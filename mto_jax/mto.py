@@ -12,11 +12,13 @@ recalibration, query axis before key axis. Statistics are float32, in logsumexp 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mto_jax import attention
 
 SCHEDULES = ('none', 'exclude', 'ramp', 'adaptive')
 AFFINITIES = ('attention', 'attention_mean', 'token')
@@ -128,21 +130,37 @@ class Settings:
             return named
         return tuple(b for b in named if b < self.num_initial(depth))
 
-    def hook(self, block: int, depth: int, everything: bool = False) -> 'BlockHook | None':
-        """What MTO does in one block, or None where it does nothing.
+    def attend(self, block: int, depth: int, num_prefix: int, watch: bool = False) -> 'MaskedAttention | None':
+        """What one block does with its queries, keys and values, or None where that is plain attention.
 
         Args:
           block: index of the block, from 0.
           depth: number of blocks in the stack.
-          everything: return `diagnosis` instead of the statistics that the losses need.
+          num_prefix: P, the number of prefix tokens.
+          watch: return `diagnosis` instead of the statistics that the losses need.
         """
         excluded = depth if self.exclude_blocks == -1 else self.exclude_blocks or self.num_initial(depth)
         gate = gates(self.recalibration, depth, excluded)[block]
         adaptive = self.recalibration == 'adaptive'
-        read = everything or block in self.loss_blocks(depth)
-        if not read and not adaptive and gate == 1.0:
+        read = block in self.loss_blocks(depth)
+        if not (read or watch or adaptive) and gate == 1.0:
             return None
-        return BlockHook(self, None if adaptive else float(gate), read, everything)
+        return MaskedAttention(self, None if adaptive else float(gate), num_prefix, read, watch)
+
+
+def attends(
+    settings: Settings | None, depth: int, num_prefix: int, watch: bool = False
+) -> tuple['MaskedAttention | None', ...] | None:
+    """`Settings.attend` of every block of a stack; None where all of them are plain attention.
+
+    Args:
+      settings: None where MTO is off.
+      depth, num_prefix, watch: as there.
+    """
+    if settings is None and not watch:
+        return None
+    found = tuple((settings or Settings()).attend(b, depth, num_prefix, watch) for b in range(depth))
+    return found if any(found) else None
 
 
 def gates(schedule: str, depth: int, excluded: int) -> np.ndarray:
@@ -359,73 +377,58 @@ def ranking_loss(het: Sequence[jax.Array], first: int, margin: float, stop_previ
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockHook:
-    """What one block does for MTO. The block calls `apply` once, between its logits and its softmax.
+class MaskedAttention:
+    """Attention of one block with MTO: an `attention.Attend` that recalibrates masked keys and returns statistics.
 
     Attributes:
-      settings: the settings the hook was made from.
+      settings: MTO's.
       gate: g of this block; None where it is adaptive.
-      read: whether statistics are returned.
-      everything: whether these are the `diagnosis` instead of what the losses need.
+      num_prefix: P, the number of prefix tokens.
+      read: whether the statistics that the losses need are returned.
+      watch: whether `diagnosis` is returned instead.
     """
 
     settings: Settings
     gate: float | None
+    num_prefix: int
     read: bool
-    everything: bool
+    watch: bool
 
-    def apply(
-        self,
-        logits: jax.Array,
-        bias: jax.Array | None,
-        masked: jax.Array,
-        tokens: jax.Array,
-        num_prefix: int,
-        logits_of: Callable[[jax.Array], jax.Array],
-        keys: jax.Array,
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, seen: attention.Conditioning
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Recalibrated logits, and the statistics of this block.
-
-        Args:
-          logits: float32 (B, h, N, N), scaled dot products.
-          bias: relative-position bias, broadcastable to the logits, or None.
-          masked: bool (B, N).
-          tokens: (B, N, D) that enter the block; at block 0, before positions are added.
-          num_prefix: P, the number of prefix tokens.
-          logits_of: logits of this block's queries with the keys given to it.
-          keys: this block's keys, to be stopped.
-        """
-        s = self.settings
-        patches, patch_masked = tokens[:, num_prefix:], masked[:, num_prefix:]
+        """The output (B, N, h, d) and the statistics of q, k, v (B, N, h, d) and what the block sees."""
+        s, masked = self.settings, seen.masked
+        patches, patch_masked = seen.tokens[:, self.num_prefix :], masked[:, self.num_prefix :]
+        logits = attention.logits(q, k)
 
         def attention_affinity():
-            a = logits_of(jax.lax.stop_gradient(keys)) if s.stop_keys else logits
+            a = attention.logits(q, jax.lax.stop_gradient(k)) if s.stop_keys else logits
             return a.mean(1) if s.affinity == 'attention_mean' else a
 
-        def entropy(affinity: str, per_token: bool = False):
-            if affinity == 'token':
+        def entropy(per_token: bool = False):
+            if s.affinity == 'token':
                 stop = ~patch_masked if s.stop_keys else None
                 return heterogeneity(token_affinity(patches, stop), patch_masked, per_token=per_token)
             return heterogeneity(attention_affinity(), masked, scale_guard=s.scale_guard, per_token=per_token)
 
-        biased = logits if bias is None else logits + bias.astype(jnp.float32)
+        used = logits if seen.bias is None else logits + seen.bias.astype(jnp.float32)
         gate = self.gate
         if gate is None:
-            het = jax.lax.stop_gradient(entropy(s.affinity, per_token=True))
+            het = jax.lax.stop_gradient(entropy(per_token=True))
             gate = jnp.pad(1.0 - het, ((0, 0), (masked.shape[1] - het.shape[1], 0)), constant_values=1.0)
             gate = jnp.clip(gate, 0.0, 1.0)
-        out = biased if isinstance(gate, float) and gate == 1.0 else recalibrate(biased, masked, gate, s.rows)
-        if self.everything:
-            return out, diagnosis(logits, out, masked, tokens, num_prefix)
-        if not self.read:
-            return out, {}
-
+        if not isinstance(gate, float) or gate != 1.0:
+            used = recalibrate(used, masked, gate, s.rows)
+        out = attention.weighted_values(used, v)
+        if self.watch:
+            return out, diagnosis(logits, used, masked, seen.tokens, self.num_prefix)
         stats = {}
-        if s.w_spa:
+        if self.read and s.w_spa:
             stats['spa'] = spatial_term(logits, masked, s.spa_entropy)
-        if s.w_r or (s.w_e and s.measure == 'entropy'):
-            stats['het'] = entropy(s.affinity)
-        if s.w_e and s.measure == 'density':
+        if self.read and (s.w_r or (s.w_e and s.measure == 'entropy')):
+            stats['het'] = entropy()
+        if self.read and s.w_e and s.measure == 'density':
             stats['rho'] = density(patches, patch_masked, stop_visible=True)
         return out, stats
 
@@ -443,7 +446,7 @@ def losses(settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], dep
 
     Args:
       settings: which terms are on.
-      stats: for each block that was read, what its hook returned (without `everything`).
+      stats: for each block that was read, what its `MaskedAttention` returned.
       depth: L, the number of blocks of the stack.
     """
     terms = {}

@@ -23,12 +23,13 @@ def train_flops(job, images: int) -> float:
       job: a `job.Job`.
       images: of the batch it is traced with.
     """
-    a = job.method.arch
-    params = jax.eval_shape(lambda: job.create(0).params)
+    a = job.objective.method.arch
+    state = jax.eval_shape(lambda: job.create(0))
     batch = {'image': jax.ShapeDtypeStruct((images, *a.image_size, a.channels), 'uint8')}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    progress = jax.ShapeDtypeStruct((), 'float32')
-    return 3 * matmul_flops(job.loss_fn, params, batch, key, progress) / images
+    objective, clock = job.objective, job.clock(state.step)
+    arguments = state.params, state.model_state, objective.constants, batch, key, clock
+    return 3 * matmul_flops(objective.loss, *arguments) / images
 
 
 def _flops(jaxpr: core.Jaxpr) -> int:

@@ -98,6 +98,7 @@ RULES: dict[str, Rule] = {
     'eval.every_epochs': at_least(0),
     'eval.batch_size': at_least(1),
     'eval.train_examples': at_least(0),
+    'eval.weights': one_of('student', 'teacher'),
     'eval.depth': at_least(0),
     'eval.knn_k': each(at_least(1)),
     'eval.knn_temperature': above(0),

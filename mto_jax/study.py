@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, cli, cpu, in_memory, objective, parallel, train_state
+from mto_jax import checkpoint, cli, cpu, in_memory, parallel, train_state
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, frozen
@@ -93,9 +93,9 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     for setup in {fingerprint(s): s for *_, s in jobs}.values():
         # A bad variant stops here, not hours later.
         training = in_memory.prepare(setup, train[0])
-        features.encoder(training.job.method, setup)
+        features.encoder(training.job.objective.method, setup)
         if setup.finetune.epochs:
-            finetune.schedule(setup.finetune, len(train[0]))
+            finetune.steps(setup.finetune, len(train[0]))
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
     table = workdir / 'table.csv'
@@ -124,20 +124,21 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
     Resumes what `place` holds: `rows.json` is written after the checkpoints of its last rows.
     """
     training = in_memory.prepare(config, train[0])
-    evaluate = _evaluator(training.job.method, config, train, test)
+    objective = training.job.objective
+    evaluate = _evaluator(training.job, config, train, test)
     notes = place / 'rows.json'
     rows = json.loads(notes.read_text()) if notes.exists() else []
     start = rows[-1]['step'] if rows else 0
     for path in place.glob('seed*/checkpoints/*'):
         if not start or (path.name.isdigit() and int(path.name) > start):
             shutil.rmtree(path)  # saved, but its rows are not
-    savers = [checkpoint.Checkpointer(place / f'seed{s}', keep=2) for s in seeds]
     states = [training.create(s) for s in seeds]
+    savers = [checkpoint.Checkpointer(place / f'seed{s}', keep=2, entries=states[0].model_state) for s in seeds]
     if start:
         abstract = checkpoint.abstract_like(states[0], parallel.replicated(parallel.make_mesh(1)))
         states = [s.restore(abstract, start) for s in savers]
     elif from_zero:
-        rows = [{'seed': s, 'step': 0} | evaluate(x.params, False) for s, x in zip(seeds, states, strict=True)]
+        rows = [{'seed': s, 'step': 0} | evaluate(x, False) for s, x in zip(seeds, states, strict=True)]
     begin = in_memory.stack(states)
 
     total, count = training.job.total, config.study.evaluations
@@ -149,10 +150,10 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
         fresh = []
         for i, s in enumerate(seeds):
             fresh.append({'seed': s, 'step': step, 'step_seconds': seconds})
-            fresh[i] |= evaluate(in_memory.take(states.params, i), last)
+            fresh[i] |= evaluate(in_memory.take(states, i), last)
             savers[i].save(in_memory.take(states, i), config.to_dict(), step, {})
         if last and config.finetune.epochs:
-            tuned = finetune.accuracies(training.job.method, states.params, seeds, train, test, config)
+            tuned = finetune.accuracies(objective.method, states.params, seeds, train, test, config)
             fresh = [r | {'finetune': t} for r, t in zip(fresh, tuned, strict=True)]
         rows += fresh
         for s in savers:
@@ -171,21 +172,22 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
     return [r | {'epoch': r['step'] / total * config.epochs} for r in rows]
 
 
-def _evaluator(method, config, train, test):
-    """`evaluate(params, last) -> {'linear', 'knn', 'reconstruction', 'het'}`; NaN if features are unusable."""
-    mesh, encode = parallel.make_mesh(1), features.encoder(method, config)
+def _evaluator(training, config, train, test):
+    """`evaluate(state, last) -> {'linear', 'knn', 'reconstruction', 'het'}`; NaN if features are unusable."""
+    mesh, encode = parallel.make_mesh(1), features.encoder(training.objective.method, config)
     part = order.subset(len(train[0]), config.eval.train_examples or len(train[0]))
-    diagnose = jax.jit(objective.make_diagnose(method, config.data))
+    diagnose = jax.jit(training.diagnose)
     shown, key = test[0][order.subset(len(test[0]), 2000)], train_state.stream(0, 'diagnose')
 
-    def evaluate(params, last):
+    def evaluate(state, last):
         arrays = []
         for examples in ((train[0][part], train[1][part]), test):
-            arrays += features.extract(encode, params, memory.batches(*examples, config.eval.batch_size), mesh)
+            batches = memory.batches(*examples, config.eval.batch_size)
+            arrays += features.extract(encode, features.weights(state, config.eval), batches, mesh)
         if not all(features.usable(x).all() for x in arrays[::2]):
             return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan'))
         found = frozen.accuracies(arrays, config.eval, config.data.num_classes)
-        seen = jax.device_get(diagnose(params, shown, key))
+        seen = jax.device_get(diagnose(state, shown, key))
         return {
             'linear': found['linear'],
             'knn': found[f'knn_{config.eval.knn_k[-1]}'],

@@ -2,14 +2,44 @@
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-LossFn = Callable[..., tuple[jax.Array, Mapping[str, jax.Array]]]
+from mto_jax.methods import Clock
+
+Terms = Mapping[str, jax.Array]
+
+
+class Objective(Protocol):
+    """What is trained: pre-training with a method, fine-tuning, a probe.
+
+    Attributes:
+      constants: arrays that never change while a job runs (a frozen encoder): an argument of the step that is neither
+        donated nor part of the state; {} for none.
+    """
+
+    constants: Any
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Fresh (params, model_state)."""
+
+    def loss(
+        self,
+        params: Any,
+        model_state: Any,
+        constants: Any,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array,
+        clock: Clock,
+    ) -> tuple[jax.Array, tuple[Terms, Any]]:
+        """Total loss, (its unweighted terms and what else is logged, statistics for `after_update`)."""
+
+    def after_update(self, params: Any, model_state: Any, statistics: Any, clock: Clock) -> Any:
+        """The model state for the next step."""
 
 
 @flax.struct.dataclass
@@ -20,11 +50,13 @@ class TrainState:
       step: int32 scalar, updates made so far.
       params: float32 parameters.
       opt_state: of the optimizer.
+      model_state: what else changes from step to step: a teacher, running statistics; {} where nothing does.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    model_state: Any
 
 
 @flax.struct.dataclass
@@ -46,7 +78,7 @@ class Meter:
             jnp.zeros((), jnp.int32),
         )
 
-    def add(self, terms: Mapping[str, jax.Array], step: jax.Array) -> 'Meter':
+    def add(self, terms: Terms, step: jax.Array) -> 'Meter':
         sums = {n: self.sums[n] + terms[n] for n in self.sums}
         bad = {n: jnp.where((first < 0) & ~jnp.isfinite(terms[n]), step, first) for n, first in self.first_bad.items()}
         return Meter(sums, bad, self.count + 1)
@@ -57,51 +89,70 @@ def stream(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def create(params: Any, tx: optax.GradientTransformation) -> TrainState:
+def create(objective: Objective, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return begin(*objective.init(key), tx)
+
+
+def begin(params: Any, model_state: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, from given parameters and model state."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state)
+
+
+def term_names(objective: Objective, batch: Mapping[str, Any], clock: Clock) -> tuple[str, ...]:
+    """Names of all logged terms, for `Meter.empty`, without running anything.
+
+    Args:
+      batch: with shapes and dtypes.
+      clock: of any step.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, model_state = jax.eval_shape(objective.init, key)
+    _, (terms, _) = jax.eval_shape(objective.loss, params, model_state, objective.constants, batch, key, clock)
+    state = ('model_state_norm',) if jax.tree.leaves(model_state) else ()
+    return ('loss', *terms, 'grad_norm', 'param_norm', 'learning_rate', *state)
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    objective: Objective,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    total_steps: int,
+    clock: Callable[[jax.Array], Clock],
     accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, Meter]]:
-    """A pure `train_step(state, meter, batch, key) -> (state, meter)`, to be jitted.
+    """A pure `train_step(state, meter, constants, batch, key) -> (state, meter)`, to be jitted.
 
     Args:
-      loss_fn: `(params, batch, key, progress) -> (loss, terms)` with float32 scalars; progress is in [0, 1).
+      objective: what is minimised.
       tx: optimizer.
       schedule: its learning rate, for the log.
-      total_steps: of the training, for progress.
-      accumulate: microbatches whose gradients are averaged before the update.
+      clock: of a step.
+      accumulate: microbatches whose gradients, terms and statistics are averaged before the update.
     """
+    gradients = jax.value_and_grad(objective.loss, has_aux=True)
 
-    def gradients(params, batch, key, progress):
-        return jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, progress)
-
-    def train_step(state: TrainState, meter: Meter, batch, key):
-        key = jax.random.fold_in(key, state.step)
-        progress = state.step.astype(jnp.float32) / total_steps
+    def train_step(state: TrainState, meter: Meter, constants, batch, key):
+        key, now = jax.random.fold_in(key, state.step), clock(state.step)
         if accumulate == 1:
-            (loss, terms), grads = gradients(state.params, batch, key, progress)
+            out = gradients(state.params, state.model_state, constants, batch, key, now)
         else:
             # Strided microbatches, so that each stays split over all devices as the batch is.
             micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-            def body(total, item):
-                i, part = item
-                out = gradients(state.params, part, jax.random.fold_in(key, i), progress)
-                return jax.tree.map(lambda a, b: a + b / accumulate, total, out), None
+            def one(i, part):
+                part_key = jax.random.fold_in(key, i)
+                return gradients(state.params, state.model_state, constants, part, part_key, now)
 
-            first = jax.tree.map(lambda x: x[0], micro)
-            shapes = jax.eval_shape(gradients, state.params, first, key, progress)
+            def body(total, item):
+                return jax.tree.map(lambda a, b: a + b / accumulate, total, one(*item)), None
+
+            shapes = jax.eval_shape(one, 0, jax.tree.map(lambda x: x[0], micro))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            ((loss, terms), grads), _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate), micro))
+            out, _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate), micro))
+        (loss, (terms, statistics)), grads = out
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        model_state = objective.after_update(params, state.model_state, statistics, now)
         terms = {
             'loss': loss,
             **terms,
@@ -109,13 +160,8 @@ def make_train_step(
             'param_norm': optax.tree.norm(params),
             'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), meter.add(terms, state.step + 1)
+        if jax.tree.leaves(model_state):
+            terms['model_state_norm'] = optax.tree.norm(model_state)
+        return TrainState(state.step + 1, params, opt_state, model_state), meter.add(terms, state.step + 1)
 
     return train_step
-
-
-def term_names(loss_fn: LossFn, params, batch) -> tuple[str, ...]:
-    """Names of all logged terms, for `Meter.empty`, without running anything."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    _, terms = jax.eval_shape(loss_fn, params, batch, key, jax.ShapeDtypeStruct((), jnp.float32))
-    return ('loss', *terms, 'grad_norm', 'param_norm', 'learning_rate')

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, cpu, environment, hosts, job, objective, parallel, preemption, schedules, train_state
+from mto_jax import checkpoint, cpu, environment, hosts, job, parallel, preemption, schedules, train_state
 from mto_jax.analysis import plots, report
 from mto_jax.data import pipeline, sources
 from mto_jax.errors import UserError
@@ -37,10 +37,11 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh, source, watched, training = check(config)
     about = environment.describe(mesh) | {'order': source.order(parallel.local_part(config.batch_size, mesh))}
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
+    entries = jax.eval_shape(training.create, 0).model_state
     with (
         jax.set_mesh(mesh),
         _held(workdir),
-        contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep)) as saver,
+        contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep, entries)) as saver,
         preemption.watch() as told_to_end,
     ):
         if saver.steps and not config.resume_anyway:
@@ -62,7 +63,7 @@ def check(config: ConfigDict) -> tuple[Mesh, sources.Source, sources.Source, job
         source = sources.open_source(config.data, config.data.train_split)
         watched = sources.open_source(config.data, config.data.val_split)
         training = job.prepare(config, source.num_examples)
-        probes.check(training.method, config, mesh)  # also where none is used: a mistake is better found now
+        probes.check(training.objective.method, config, mesh)  # also where none is used: a mistake is better found now
         training.sharding(mesh)
         _require_accelerator(config)
     return mesh, source, watched, training
@@ -71,6 +72,7 @@ def check(config: ConfigDict) -> tuple[Mesh, sources.Source, sources.Source, job
 def _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end) -> TrainState:
     """The run itself, once everything that can be wrong at the start has been looked at."""
     seed, total, per_epoch = config.seed, training.total, training.per_epoch
+    method, constants = training.objective.method, training.objective.constants
     create, sharding = partial(training.create, seed), training.sharding(mesh)
     state = saver.restore_newest(checkpoint.abstract_like(jax.eval_shape(create), sharding))
     if state is None:
@@ -80,7 +82,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
     with hosts.together():
         if hosts.is_first():
             record(workdir, config.to_dict(), about)
-    say(f'{config.method}, MTO {"on" if training.method.settings else "off"}: {describe_params(state.params)}')
+    say(f'{config.method}, MTO {"on" if method.mto else "off"}: {describe_params(state.params)}')
     say(
         f'{source.num_examples:,} images, batch {config.batch_size}, {per_epoch} steps an epoch, '
         f'{config.epochs:g} epochs = {total} steps on {mesh.size} {jax.devices()[0].platform} device(s)'
@@ -94,8 +96,8 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
     # A folder's first images are all of one class. A sequential format would be read to its end for a random subset.
     limit = count if watched.random_access else 0
     fixed = next(pipeline.eval_batches(watched, config.data, count, limit))['image']
-    encode = features.encoder(training.method, config)
-    diagnose = jax.jit(objective.make_diagnose(training.method, config.data), out_shardings=parallel.replicated(mesh))
+    encode = features.encoder(method, config)
+    diagnose = jax.jit(training.diagnose, out_shardings=parallel.replicated(mesh))
     log = Log(workdir, start)
     key, diagnose_key = (train_state.stream(seed, name) for name in ('train', 'diagnose'))
     eval_every = schedules.to_steps(config.eval.every_epochs, per_epoch)
@@ -109,13 +111,13 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
     )
 
     def see(step):
-        seen = jax.device_get(diagnose(state.params, fixed, diagnose_key))
+        seen = jax.device_get(diagnose(state, fixed, diagnose_key))
         rows = {f'block/{n}/{i}': v for n, values in seen['blocks'].items() for i, v in enumerate(values)}
-        log.scalars(step, rows | {'token_distance': seen['token_distance']})
+        log.scalars(step, rows | seen['scalars'])
         shown = {n: v[: config.log_images] for n, v in seen['images'].items()}
         log.images(step, {n: plots.as_rgb(v) for n, v in shown.items()})
         if hosts.is_first():
-            plots.triplets(workdir / 'reconstructions.png', shown, config.log_images)
+            plots.pictures(workdir / 'reconstructions.png', shown, config.log_images)
 
     reporter = _Reporter(log, Progress(start, total, config.batch_size, per_epoch), saver, training.names, config)
     meter = reporter.new_meter()
@@ -123,7 +125,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         if not start and config.diagnose_every:
             see(0)
         for step in range(start + 1, total + 1):
-            state, meter = step_fn(state, meter, next(batches), key)
+            state, meter = step_fn(state, meter, constants, next(batches), key)
             last, ending = step == total, told_to_end(step)
             due_look, due_eval, due_save = (
                 bool(every) and (last or step % every == 0)
@@ -140,7 +142,8 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
             if due_look and not ending:
                 see(step)
             if due_eval and not ending:
-                found = probes.probe(encode, state.params, config, mesh, config.data.val_split, ('knn',))
+                weights = features.weights(state, config.eval)
+                found = probes.probe(encode, weights, config, mesh, config.data.val_split, ('knn',))
                 log.scalars(step, {f'val_{k}': v for k, v in found.items()})
                 say(f'step {step} validation: ' + ', '.join(f'{k} {v:.4f}' for k, v in found.items()))
                 score = found[f'knn_{config.eval.knn_k[-1]}']

@@ -49,6 +49,12 @@ def shrink(c):
     return c
 
 
+def forward(method, params, images, *, noise=None, train=False):
+    """The `methods.Result` of a `SingleModule` on normalised images, with or without given mask noise."""
+    rngs = {'mask': jax.random.key(3), 'dropout': jax.random.key(4)}
+    return method.module.apply({'params': params}, images, noise=noise, train=train, rngs=rngs)
+
+
 @pytest.fixture
 def config():
     """A shrunk MAE without MTO, in float32."""

@@ -120,14 +120,14 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(finished_run, tmp_path, m
     replaced by another."""
     run = tmp_path / 'run'
     shutil.copytree(finished_run[1], run)
-    restore = checkpoint.Checkpointer.restore_params
+    restore = checkpoint.Checkpointer.restore_item
 
-    def late(self, abstract, step):
+    def late(self, abstract, step, name):
         if step == 8:
             shutil.rmtree(run / 'checkpoints' / '8')
-        return restore(self, abstract, step)
+        return restore(self, abstract, step, name)
 
-    monkeypatch.setattr(checkpoint.Checkpointer, 'restore_params', late)
+    monkeypatch.setattr(checkpoint.Checkpointer, 'restore_item', late)
     assert tasks.run(knn_config(run), tmp_path / 'out')['step'] == 6
     assert 'checkpoints/8 was deleted while it was read; looking for the next newest' in capsys.readouterr().out
     with pytest.raises(UserError, match=r'checkpoints/8.: no checkpoint there'):
@@ -145,7 +145,8 @@ def test_a_damaged_checkpoint_is_not_taken_for_a_deleted_one(finished_run, tmp_p
     assert listing(tmp_path / 'run') == before
 
 
-@pytest.mark.parametrize(('fsdp', 'tensor'), [(1, 4), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('fsdp', 'tensor'), [(1, 4), (4, 1)])
 def test_frequent_saves_on_a_split_mesh(config, tmp_path, fsdp, tensor):
     """Checksums in a program per array would deadlock here, for want of a thread per device, and XLA would abort."""
     c = config
@@ -154,6 +155,21 @@ def test_frequent_saves_on_a_split_mesh(config, tmp_path, fsdp, tensor):
     c.diagnose_every, c.checkpoints.every, c.epochs = 0, 1, 1.0
     trainer.pretrain(c, tmp_path)
     assert (tmp_path / 'checkpoints' / '4').is_dir()
+
+
+def test_a_checkpoint_of_an_earlier_version(finished_run, tmp_path):
+    """Refused in one line, and left where it is; an evaluation reads it."""
+    config, folder, _ = finished_run
+    shutil.copytree(folder, tmp_path / 'run')
+    path = tmp_path / 'run' / 'checkpoints' / '8' / 'about' / 'metadata'
+    about = json.loads(path.read_text())
+    del about['format']
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r'checkpoints/8 was saved by an earlier version') as e:
+        trainer.pretrain(config, tmp_path / 'run')
+    assert '\n' not in str(e.value)
+    assert path.exists()
+    assert tasks.run(knn_config(tmp_path / 'run'), tmp_path / 'out')['step'] == 8
 
 
 @ORBAX_LEFTOVERS

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import base
-from mto_jax import checkpoint, in_memory, methods, objective, optim, tasks, trainer
+from mto_jax import checkpoint, in_memory, methods, optim, tasks, trainer
 from mto_jax.data import memory
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, knn, linear, probes
@@ -147,15 +147,15 @@ def test_features_are_those_of_the_tokens(config, rng):
     """Mean of the patch tokens or the class token, after some blocks or all."""
     import jax
 
-    from mto_jax import methods, objective
+    from mto_jax import methods
     from mto_jax.data import augment
 
     method = methods.build(config)
-    params = objective.init_params(method, jax.random.key(0))
+    params = method.init(jax.random.key(0))[0]
     images = rng.integers(0, 256, (3, 28, 28, 1), np.uint8)
     x = augment.normalize(images, config.data.mean, config.data.std)
     for depth in (0, 1):
-        tokens = np.asarray(method.apply({'params': params}, x, depth or None, method='encode'))
+        tokens = np.asarray(method.encode(params, x, depth=depth or None))
         config.eval.depth = depth
         for kind, want in (('mean', tokens[:, 1:].mean(1)), ('class', tokens[:, 0])):
             config.eval.features = kind
@@ -165,7 +165,7 @@ def test_features_are_those_of_the_tokens(config, rng):
 def test_layer_scales_by_hand(config):
     """Two blocks, decay 0.5: below them 1/8, then 1/4 and 1/2, the final norm and the head 1 (BEiT's rule)."""
     method = methods.build(config)
-    encoder = objective.init_params(method, jax.random.key(0))['encoder']
+    encoder = method.init(jax.random.key(0))[0]['encoder']
     scales = optim.layer_scales({'encoder': encoder, 'head': {'kernel': jnp.zeros(2)}}, 0.5)
     assert set(jax.tree.leaves(scales['encoder']['patch_embed'])) == {0.125}
     assert scales['encoder']['cls_token'] == 0.125
@@ -191,7 +191,7 @@ def test_finetune_learns_from_few_labels(config):
     config.data.train_split = 'train[:600]'
     train, test = memory.load(config.data, 'train[:600]'), memory.load(config.data, 'test[:200]')
     method = methods.build(config)
-    params = [objective.init_params(method, jax.random.key(s)) for s in (1, 2)]
+    params = [method.init(jax.random.key(s))[0] for s in (1, 2)]
     both = finetune.accuracies(method, in_memory.stack(params), (1, 2), train, test, config)
     assert min(both) > 0.4
     alone = finetune.accuracies(method, in_memory.stack(params[1:]), (2,), train, test, config)
@@ -240,7 +240,7 @@ def test_bad_evaluations_stop_before_any_work(trained, tmp_path, monkeypatch, ta
     def reached(*_):
         raise AssertionError('it began to work')
 
-    monkeypatch.setattr(checkpoint.Checkpointer, 'restore_params', reached)
+    monkeypatch.setattr(checkpoint.Checkpointer, 'restore_item', reached)
     monkeypatch.setattr(features, 'extract', reached)
     config = evaluation(trained, task, **({'mesh.data': 2} | {field: value}))
     with pytest.raises(UserError, match=word):

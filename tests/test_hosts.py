@@ -179,17 +179,16 @@ def output(workdir, index=0):
         return f.read()
 
 
-def parameters(workdir, step):
-    """The saved parameters, on one device."""
+def restored(workdir, step, method='mae'):
+    """The saved parameters and model state, on one device."""
     c = shrink(base.get_config())
-    for name, value in (('mae.decoder_width', 8), ('model.dtype', 'float32')):
+    for name, value in (('mae.decoder_width', 8), ('model.dtype', 'float32'), ('method', method)):
         c.update_from_flattened_dict({name: value})
     training = job.prepare(c, 130)
-    shapes = jax.eval_shape(lambda: training.create(0).params)
     mesh = parallel.make_mesh(1)
-    return checkpoint.Checkpointer(workdir).restore_params(
-        checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh)), step
-    )
+    abstract = checkpoint.abstract_like(jax.eval_shape(lambda: training.create(0)), training.sharding(mesh))
+    state = checkpoint.Checkpointer(workdir, read_only=True).restore(abstract, step)
+    return {'params': state.params, 'model_state': state.model_state}
 
 
 def largest_difference(a, b):
@@ -204,7 +203,7 @@ def test_two_processes_train_as_one_and_hand_over(tmp_path):
     one, two, mixed = (str(tmp_path / n) for n in ('one', 'two', 'mixed'))
     assert finish(launch(one, 1, devices=4)) == [0]
     assert finish(launch(two, 2)) == [0, 0], output(two)
-    assert largest_difference(parameters(one, 8), parameters(two, 8)) < 1e-5
+    assert largest_difference(restored(one, 8), restored(two, 8)) < 1e-5
     assert 'validation' in output(two, 0)
     assert 'validation' not in output(two, 1)
 
@@ -214,9 +213,20 @@ def test_two_processes_train_as_one_and_hand_over(tmp_path):
         shutil.rmtree(f'{mixed}/checkpoints/8')
         assert finish(launch(mixed, processes, devices=devices)) == [0] * processes, output(mixed)
         assert 'resuming at step 4' in output(mixed)
-        assert largest_difference(parameters(one, 8), parameters(mixed, 8)) < 1e-5
+        assert largest_difference(restored(one, 8), restored(mixed, 8)) < 1e-5
         # The checkpoint of step 4 is of two processes with two devices each.
         assert ('under other conditions' in output(mixed)) == ((processes, devices) != (2, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_teacher_train_as_one(tmp_path):
+    """tests/toy_method.py: parameters, teacher and running statistics."""
+    one, two = (str(tmp_path / n) for n in ('one', 'two'))
+    fields = {'method': 'tests.toy_method', 'eval__weights': 'teacher'}
+    assert finish(launch(one, 1, devices=4, **fields)) == [0], output(one)
+    assert finish(launch(two, 2, **fields)) == [0, 0], output(two)
+    states = (restored(folder, 8, 'tests.toy_method') for folder in (one, two))
+    assert largest_difference(*states) < 1e-5
 
 
 @pytest.mark.slow

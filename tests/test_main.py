@@ -83,18 +83,14 @@ for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'orbax',
     sys.modules[name] = None
 import jax, numpy as np, optax
 from configs import quickstart
-from mto_jax import in_memory, losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
+from mto_jax import in_memory, job, losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
 from mto_jax.evals import finetune, frozen, knn, linear
 from mto_jax.data import augment, memory, order
 c = quickstart.get_config()
-method = methods.build(c)
-tx = optim.adamw(c.optim, optax.constant_schedule(1e-3))
-state = train_state.create(objective.init_params(method, jax.random.key(0)), tx)
-loss_fn = objective.pretrain_loss(method, c.data)
-batch = {'image': np.zeros((2, 28, 28, 1), np.uint8)}
-meter = train_state.Meter.empty(train_state.term_names(loss_fn, state.params, batch))
-step = jax.jit(train_state.make_train_step(loss_fn, tx, optax.constant_schedule(1e-3), 10))
-state, meter = step(state, meter, batch, jax.random.key(0))
+training = job.prepare(c, 1000)
+batch = {'image': np.zeros((c.batch_size, 28, 28, 1), np.uint8)}
+meter = train_state.Meter.empty(training.names)
+state, meter = jax.jit(training.train_step)(training.create(0), meter, {}, batch, jax.random.key(0))
 print('steps', int(state.step))
 """
     out = run('-c', code)

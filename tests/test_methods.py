@@ -1,5 +1,6 @@
 """MAE against Hugging Face's ViTMAEForPreTraining, SimMIM against a float64 numpy form, and the MTO hook in both."""
 
+import functools
 import math
 
 import jax
@@ -7,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mto_jax import losses, masking, methods, mto, objective
+from mto_jax import job, losses, masking, methods, mto
+from mto_jax.attention import Conditioning
+from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.methods import simmim
 from mto_jax.models import position, vit
-from tests.conftest import shrink
+from mto_jax.models.layers import Block
+from tests.conftest import forward, shrink
 
 
 def randomised(params, rng, scale=0.2):
@@ -80,9 +84,9 @@ def test_simmim_against_numpy(rng, dtype):
     c.data.mean, c.data.std = (0.5, 0.5), (0.5, 0.5)
     c.model.patch_size, c.model.drop_path, c.model.dtype, c.model.attention = 4, 0.0, dtype, ''
     method = methods.build(c)
-    params = randomised(objective.init_params(method, jax.random.key(1)), rng)
+    params = randomised(method.init(jax.random.key(1))[0], rng)
     images, noise = rng.normal(size=(3, 16, 24, 2)).astype(np.float32), rng.uniform(size=(3, 6)).astype(np.float32)
-    out = jax.jit(lambda p, x, n: method.apply({'params': p}, x, noise=n))(params, images, noise)
+    out = jax.jit(lambda p, x, n: forward(method, p, x, noise=n))(params, images, noise)
     # The units with the least noise are hidden: 4 of 6, each of 2 x 2 patches.
     units = noise.argsort(1).argsort(1) < 4
     hidden = units.reshape(3, 2, 1, 3, 1).repeat(2, 2).repeat(2, 4).reshape(3, 24)
@@ -103,8 +107,8 @@ def test_attention_implementations_agree(config, rng):
     for name in ('', 'xla'):
         config.model.attention = name
         method = methods.build(config)
-        params = randomised(objective.init_params(method, jax.random.key(0)), np.random.default_rng(0))
-        tokens[name] = method.apply({'params': params}, images, method='encode')
+        params = randomised(method.init(jax.random.key(0))[0], np.random.default_rng(0))
+        tokens[name] = method.encode(params, images)
     np.testing.assert_allclose(tokens[''], tokens['xla'], atol=2e-5)
 
 
@@ -116,11 +120,12 @@ def test_reading_statistics_does_not_change_the_forward(config, rng, name):
     plain = methods.build(config)
     config.mto.enabled, config.mto.w_e, config.mto.w_r, config.mto.w_spa = True, 1.0, 1.0, 1.0
     watched = methods.build(config)
-    params = objective.init_params(plain, jax.random.key(0))
-    outs = [m.apply({'params': params}, images, rngs={'mask': jax.random.key(3)}) for m in (plain, watched)]
+    params = plain.init(jax.random.key(0))[0]
+    outs = [forward(m, params, images) for m in (plain, watched)]
     np.testing.assert_allclose(outs[0].predictions, outs[1].predictions, atol=2e-6)
-    assert not outs[0].stats
-    assert sorted(outs[1].stats) == [0, 1]
+    blocks = [next(iter(out.stacks.values())).blocks for out in outs]
+    assert not blocks[0]
+    assert sorted(blocks[1]) == [0, 1]
 
 
 @pytest.mark.parametrize('name', ['mae', 'simmim'])
@@ -130,12 +135,12 @@ def test_exclusion_keeps_visible_tokens_clean(config, rng, name):
     config.mto.enabled, config.mto.recalibration, config.mto.exclude_blocks = True, 'exclude', -1
     method = methods.build(config)
     images = rng.normal(size=(4, 28, 28, 1)).astype(np.float32)
-    params = randomised(objective.init_params(method, jax.random.key(0)), rng)
+    params = randomised(method.init(jax.random.key(0))[0], rng)
     owner = 'decoder' if name == 'mae' else 'encoder'
 
     def side(token, hidden):
         moved = {**params, owner: {**params[owner], 'mask_token': token}}
-        out = method.apply({'params': moved}, images, rngs={'mask': jax.random.key(3)})
+        out = forward(method, moved, images)
         return jnp.where((out.mask == hidden)[..., None], out.predictions, 0.0).sum()
 
     token = params[owner]['mask_token']
@@ -151,11 +156,13 @@ def test_initial_gradients_are_finite(config, name, dtype):
     config.mto.enabled, config.mto.recalibration = True, 'adaptive'
     config.mto.w_e, config.mto.w_r, config.mto.w_spa, config.mto.warmup = 1.0, 1.0, 1.0, 0.0
     method = methods.build(config)
-    params = objective.init_params(method, jax.random.key(0))
+    params = method.init(jax.random.key(0))[0]
     images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
     images[0] = 0
-    loss_fn = objective.pretrain_loss(method, config.data)
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, {'image': images}, jax.random.key(0), 0.5)
+    training = job.prepare(config, 130)
+    arguments = {}, {}, {'image': images}, jax.random.key(0), training.clock(jnp.int32(4))
+    value_and_grad = jax.jit(jax.value_and_grad(training.objective.loss, has_aux=True))
+    (loss, _), grads = value_and_grad(params, *arguments)
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
@@ -165,8 +172,8 @@ def test_reconstruction_is_unnormalised_with_the_patch_statistics(config, rng):
     method = methods.build(config)
     images = jnp.asarray(rng.normal(size=(2, 28, 28, 1)), jnp.float32)
     target = losses.normalize_patches(losses.patchify(images, 7))
-    out = methods.Output({}, target, target, jnp.ones((2, 16), bool), {}, target)
-    pixels = losses.unpatchify(method.apply({}, out, images, method='to_pixels'), (4, 4), 7)
+    out = methods.Result({}, {}, predictions=target, mask=jnp.ones((2, 16), bool))
+    pixels = losses.unpatchify(method.module.apply({}, out, images, method='to_pixels'), (4, 4), 7)
     np.testing.assert_allclose(pixels, images, atol=1e-5)
 
 
@@ -189,7 +196,7 @@ def test_initial_distributions_of_the_beit_family():
 
     c = shrink(simmim_config.get_config())
     c.model.width, c.model.depth = 128, 2
-    p = objective.init_params(simmim.build(c), jax.random.key(0))['encoder']
+    p = simmim.build(c).init(jax.random.key(0))[0]['encoder']
     kernel = np.asarray(p['blocks']['block1']['mlp_in']['kernel'])
     assert np.abs(kernel).max() <= 0.02
     assert kernel.std() == pytest.approx(0.02 * 0.5396, rel=0.03)
@@ -201,7 +208,7 @@ def test_initial_distributions_of_the_beit_family():
 
 def test_initial_distributions_of_mae(config):
     config.model.width, config.model.heads = 96, 4
-    p = objective.init_params(methods.build(config), jax.random.key(0))['encoder']
+    p = methods.build(config).init(jax.random.key(0))[0]['encoder']
     qkv = np.asarray(p['blocks']['block0']['attn']['qkv_kernel'])
     bound = math.sqrt(6 / (96 + 3 * 96))
     assert 0.98 * bound < np.abs(qkv).max() <= bound
@@ -224,13 +231,13 @@ def test_remat_changes_nothing(config, rng):
     for remat in (False, True):
         config.model.remat, config.mto.enabled, config.mto.w_r = remat, True, 1.0
         method = methods.build(config)
-        params = objective.init_params(method, jax.random.key(0))
+        params = method.init(jax.random.key(0))[0]
 
         def loss(p, method=method):
-            out = method.apply({'params': p}, images, train=True, rngs={'mask': jax.random.key(1)})
-            return out.losses['reconstruction'] + mto.losses(method.settings, out.stats, 2)['r']
+            out = forward(method, p, images, train=True)
+            return out.losses['reconstruction'] + mto.losses(method.mto, out.stacks['decoder'].blocks, 2)['r']
 
-        grads.append(jax.grad(loss)(params))
+        grads.append(jax.jit(jax.grad(loss))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *grads)
 
 
@@ -257,17 +264,85 @@ def test_bad_models_name_the_field(config, path, value, word):
 
 def test_images_of_another_size_are_refused(config):
     method = methods.build(config)
-    params = objective.init_params(method, jax.random.key(0))
+    params = method.init(jax.random.key(0))[0]
     with pytest.raises(ValueError, match='built for images'):
-        method.apply({'params': params}, jnp.zeros((1, 14, 14, 1)), method='encode')
+        method.encode(params, jnp.zeros((1, 14, 14, 1)))
 
 
 def test_mask_indices_reach_the_decoder(config, rng):
     """The tokens that enter the decoder are the mask token exactly where the mask says."""
     method = methods.build(config)
-    params = objective.init_params(method, jax.random.key(0))
+    params = method.init(jax.random.key(0))[0]
     noise = rng.uniform(size=(3, 16)).astype(np.float32)
-    out = method.apply({'params': params}, rng.normal(size=(3, 28, 28, 1)).astype(np.float32), noise=noise)
-    is_token = np.isclose(out.embedded, params['decoder']['mask_token'], atol=1e-7).all(-1)
+    out = forward(method, params, rng.normal(size=(3, 28, 28, 1)).astype(np.float32), noise=noise)
+    is_token = np.isclose(out.stacks['decoder'].embedded, params['decoder']['mask_token'], atol=1e-7).all(-1)
     np.testing.assert_array_equal(is_token, masking.random_masking(noise, 0.75).mask)
     assert vit.prefix_false(out.mask, 1).shape == (3, 17)
+
+
+def test_cross_attention_against_numpy(rng):
+    """A block with a memory of another width: self-attention, cross-attention, MLP, in float64."""
+    block = Block(heads=2, qkv_bias='qv')
+    x, memory = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 8), (3, 7, 12)))
+    seen = Conditioning(memory=jnp.asarray(memory))
+    params = randomised(block.init(jax.random.key(0), x, seen, False)['params'], rng)
+    got, _ = block.apply({'params': params}, x, seen, False)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def attend(a, queries, keys, kernels):
+        q, k, v = (np.einsum('bnc,chd->bhnd', y, w) for y, w in zip((queries, keys, keys), kernels, strict=True))
+        q, v = q + a['q_bias'][:, None], v + a['v_bias'][:, None]
+        weights = np.exp(np.einsum('bhnd,bhmd->bhnm', q, k) / math.sqrt(q.shape[-1]))
+        out = np.einsum('bhnm,bhmd->bnhd', weights / weights.sum(-1, keepdims=True), v)
+        return out.reshape(*out.shape[:2], -1) @ a['proj']['kernel'] + a['proj']['bias']
+
+    y = np_layer_norm(x, p['norm1'])
+    want = x + attend(p['attn'], y, y, p['attn']['qkv_kernel'].swapaxes(0, 1))
+    queries, keys = np_layer_norm(want, p['norm_queries']), np_layer_norm(memory, p['norm_memory'])
+    kernels = p['cross_attn']['q_kernel'][:, 0], *p['cross_attn']['kv_kernel'].swapaxes(0, 1)
+    want = want + attend(p['cross_attn'], queries, keys, kernels)
+    y = np_gelu(np_layer_norm(want, p['norm2']) @ p['mlp_in']['kernel'] + p['mlp_in']['bias'])
+    want = want + y @ p['mlp_out']['kernel'] + p['mlp_out']['bias']
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_taps_are_the_blocks_outputs(config, rng):
+    """Of chosen blocks, before the final norm: what a shallower encoder ends with."""
+    arch = methods.architecture(config)
+    images = rng.normal(size=(2, 28, 28, 1)).astype(np.float32)
+    encoder = vit.ViT(arch, taps=(0, 1))
+    params = randomised(jax.jit(encoder.init)(jax.random.key(0), images)['params'], rng)
+    out = jax.jit(encoder.apply)({'params': params}, images)
+    assert sorted(out.taps) == [0, 1]
+    for block, tokens in out.taps.items():
+        shallow = jax.jit(functools.partial(encoder.apply, depth=block + 1))
+        want = shallow({'params': params}, images).tokens
+        np.testing.assert_allclose(tokens, want, atol=1e-5)
+
+
+def test_views_share_the_flip(config, rng):
+    """Each view is made of the same flipped images, with random numbers of its own, and then normalised."""
+    config.method, config.data.flip = 'tests.toy_method', True
+    pretraining = job.prepare(config, 130).objective
+    images = rng.integers(64, 192, (32, 28, 28, 1), np.uint8)
+    views = pretraining.views(images, jax.random.key(5))
+    assert set(views) == {'image', 'strong'}
+    plain = augment.normalize(images, config.data.mean, config.data.std)
+    same = np.abs(views['image'] - plain).max((1, 2, 3)) < 1e-6
+    np.testing.assert_allclose(views['image'][~same], plain[~same][:, :, ::-1], atol=1e-6)
+    assert 4 < same.sum() < 28
+    noise = (np.asarray(views['strong']) - np.asarray(views['image'])) * config.data.std[0]
+    assert noise.std() == pytest.approx(0.1, rel=0.05)  # not the difference between an image and its mirror
+
+
+def test_weights_of_losses_count(config, rng):
+    """The total is the weighted sum of the terms: the toy's feature loss counts half in the first epoch."""
+    config.method = 'tests.toy_method'
+    training = job.prepare(config, 130)
+    params, model_state = training.objective.init(jax.random.key(0))
+    batch, loss = {'image': rng.integers(0, 256, (8, 28, 28, 1), np.uint8)}, jax.jit(training.objective.loss)
+    for step, weight in ((0, 0.5), (3, 0.5), (4, 1.0)):
+        arguments = params, model_state, {}, batch, jax.random.key(1), training.clock(jnp.int32(step))
+        total, (terms, _) = loss(*arguments)
+        assert float(total) == pytest.approx(float(terms['colour'] + weight * terms['feature']), rel=1e-6)
+        assert float(terms['feature_weight']) == weight

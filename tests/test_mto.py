@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mto_jax import methods, mto, objective
+from mto_jax import attention, job, methods, mto
 
 B, H, N, D = 3, 2, 12, 8
 DTYPES = {'float32': (jnp.float32, 2e-5), 'bfloat16': (jnp.bfloat16, 3e-2)}
@@ -272,21 +272,16 @@ def test_bad_settings_name_the_field(fields, word):
 
 def test_losses_read_only_named_blocks():
     s = mto.Settings(w_e=1.0, w_r=1.0, blocks=(0, 2))
-    assert [b for b in range(4) if s.hook(b, 4)] == [0, 2]
+    assert [b for b in range(4) if s.attend(b, 4, 1)] == [0, 2]
     assert mto.Settings(w_e=1.0).loss_blocks(8) == (0, 1)
-    assert mto.Settings().hook(0, 4) is None
+    assert mto.Settings().attend(0, 4, 1) is None
 
 
 def everything(settings, tokens, q, k, masked, block=1, depth=4):
-    """Total of all three terms through the hook, as a function of tokens, queries and keys."""
-
-    def logits_of(keys):
-        return jnp.einsum('bqhd,bkhd->bhqk', q, keys, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-
-    stats = {}
+    """Total of all three terms through the blocks' attention, as a function of tokens, queries and keys."""
+    stats, seen = {}, attention.Conditioning(masked=masked, tokens=tokens)
     for i in range(depth):
-        hook = settings.hook(i, depth)
-        _, stats[i] = hook.apply(logits_of(k) * (1 + i), None, masked, tokens, 1, logits_of, k)
+        _, stats[i] = settings.attend(i, depth, 1)(q * (1 + i), k, k, seen)
     terms = mto.losses(settings, stats, depth)
     return sum(terms.values())
 
@@ -353,18 +348,37 @@ def test_token_distance_by_hand():
     assert mto.token_distance(tokens, jnp.array([[False, False, True]])) == pytest.approx(3.0, rel=1e-4)
 
 
-def test_everything_reads_every_statistic(rng):
+def test_watching_reads_every_statistic(rng):
     s = dataclasses.replace(mto.Settings(), recalibration='exclude')
-    hook = s.hook(3, 4, everything=True)
     masked = jnp.asarray(np.arange(N)[None] > 5)
-    logits = jnp.asarray(rng.normal(size=(1, H, N, N)), jnp.float32)
-    k = jnp.zeros((1, N, H, 4))
-    _, stats = hook.apply(logits, None, masked, jnp.asarray(rng.normal(size=(1, N, D))), 1, lambda _: logits, k)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, N, H, 4)), jnp.float32) for _ in range(3))
+    seen = attention.Conditioning(masked=masked, tokens=jnp.asarray(rng.normal(size=(1, N, D))))
+    _, stats = s.attend(3, 4, 1, watch=True)(q, k, v, seen)
     assert set(stats) == {'spa', 'het', 'rho', 'het_token', 'het_visible', 'mass', 'mass_used'}
     assert stats['mass'] == pytest.approx(float(stats['mass_used']))
-    out, first = s.hook(0, 4, everything=True).apply(logits, None, masked, jnp.ones((1, N, D)), 1, lambda _: logits, k)
+    out, first = s.attend(0, 4, 1, watch=True)(q, k, v, seen)
     assert first['mass_used'] == 0
-    assert out.shape == logits.shape
+    assert out.shape == q.shape
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_attention_against_numpy(dtype, rng):
+    """Plain, fused and recalibrated attention with a bias, and without any masked key, in float64."""
+    seen = attention.Conditioning(
+        bias=jnp.asarray(rng.normal(size=(H, N, N)), jnp.float32),
+        masked=jnp.asarray(rng.random((B, N)) < 0.4).at[:, 0].set(False),
+        tokens=jnp.asarray(rng.normal(size=(B, N, D)), jnp.float32),
+    )
+    q, k, v = (jnp.asarray(rng.normal(size=(B, N, H, 4)), dtype) for _ in range(3))
+    logits = np.einsum('bqhd,bkhd->bhqk', f64(q), f64(k)) / 2 + f64(seen.bias)
+    weights = np.exp(logits)
+    tolerance = 1e-5 if dtype == 'float32' else 4e-2
+    gate = np.where(~np.asarray(seen.masked)[:, None, :, None] & np.asarray(seen.masked)[:, None, None, :], 1 / 3, 1.0)
+    ramp = mto.Settings(recalibration='ramp').attend(1, 4, 1)
+    for attend, factor in ((attention.DotProduct(), 1.0), (attention.DotProduct('xla'), 1.0), (ramp, gate)):
+        want = weights * factor
+        want = np.einsum('bhqk,bkhd->bqhd', want / want.sum(-1, keepdims=True), f64(v))
+        np.testing.assert_allclose(f64(attend(q, k, v, seen)[0]), want, atol=tolerance)
 
 
 OPTIONS = [
@@ -377,32 +391,37 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize('options', [None, *OPTIONS])
-@pytest.mark.parametrize('name', ['mae', 'simmim'])
+@pytest.mark.parametrize(
+    ('name', 'options'), [('mae', None), ('mae', OPTIONS[1]), ('simmim', None), *(('simmim', o) for o in OPTIONS)]
+)
 def test_what_is_shown_depends_on_no_setting(config, name, options, monkeypatch, rng):
     """The diagnosis of a run without MTO, and with any of its options, is one numpy form of logits and tokens."""
     config.method, config.mask_ratio, config.model.relative_bias = name, 0.5, name == 'simmim'
     if options is not None:
         config.mto.update({'enabled': True, 'w_spa': 1.0, 'w_e': 1.0, 'w_r': 1.0} | options)
     method = methods.build(config)
-    params = jax.jit(lambda key: objective.init_params(method, key))(jax.random.key(0))
+    params = jax.jit(lambda key: method.init(key)[0])(jax.random.key(0))
     params = jax.tree.map(lambda p: p + rng.normal(0, 0.3, p.shape).astype(np.float32), params)
-    seen, apply = [], mto.BlockHook.apply
+    read, attend = [], mto.MaskedAttention.__call__
+    training = job.prepare(config, 130)
 
-    def recorded(self, logits, bias, masked, tokens, num_prefix, *rest):
-        seen.append((logits, jnp.zeros(()) if bias is None else bias, masked, tokens))
-        return apply(self, logits, bias, masked, tokens, num_prefix, *rest)
+    def recorded(self, q, k, v, seen):
+        bias = jnp.zeros(()) if seen.bias is None else seen.bias
+        read.append((attention.logits(q, k), bias, seen.masked, seen.tokens))
+        return attend(self, q, k, v, seen)
 
     @jax.jit
     def diagnose(params, images):
-        seen.clear()
-        return objective.make_diagnose(method, config.data)(params, images, jax.random.key(1))['blocks'], list(seen)
+        clock, start = training.clock(jnp.int32(0)), len(read)
+        shown = training.objective.diagnose(params, {}, images, jax.random.key(1), clock)['blocks']
+        # Losses and pictures are two passes of the same numbers: the first is enough.
+        return shown, read[start:][: len(shown['het'])]
 
-    monkeypatch.setattr(mto.BlockHook, 'apply', recorded)
-    shown, read = diagnose(params, rng.integers(0, 256, (4, 28, 28, 1), np.uint8))
+    monkeypatch.setattr(mto.MaskedAttention, '__call__', recorded)
+    shown, first = diagnose(params, rng.integers(0, 256, (4, 28, 28, 1), np.uint8))
     assert set(shown) == {'spa', 'het', 'rho', 'het_token', 'het_visible', 'mass', 'mass_used'}
-    assert len(read) == method.mask_depth
-    for i, (logits, bias, masked, tokens) in enumerate(read):
+    assert len(first) == 2
+    for i, (logits, bias, masked, tokens) in enumerate(first):
         logits, masked, patches = f64(logits), np.asarray(masked), f64(tokens)[:, 1:]
         patch_masked = masked[:, 1:]
         want = {

@@ -1,6 +1,7 @@
 """Meshes: what lies where, that every mesh trains as one device does, and that wrong ones are refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,12 +30,13 @@ def trained(training, config, shape, images):
         sharding = training.sharding(mesh)
         state = jax.jit(training.create, out_shardings=sharding, static_argnums=0)(0)
         key = train_state.stream(0, 'train')
-        grad = jax.jit(jax.grad(training.loss_fn, has_aux=True), out_shardings=(sharding.params, None))
+        grad = jax.jit(jax.grad(training.objective.loss, has_aux=True), out_shardings=(sharding.params, None))
         batches = [parallel.put_batch({'image': x}, mesh) for x in images]
-        first = parallel.fetch(grad(state.params, batches[0], key, 0.0)[0])
+        clock = training.clock(jnp.int32(0))
+        first = parallel.fetch(grad(state.params, state.model_state, {}, batches[0], key, clock)[0])
         step, losses = training.step(mesh), []
         for batch in batches:
-            state, meter = step(state, Meter.empty(training.names), batch, key)
+            state, meter = step(state, Meter.empty(training.names), {}, batch, key)
             losses.append(float(meter.sums['loss']))
         return first, losses, parallel.fetch(state.params), state
 
@@ -42,7 +44,7 @@ def trained(training, config, shape, images):
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
 
 
-@pytest.mark.parametrize('method', ['mae', 'simmim'])
+@pytest.mark.parametrize('method', ['mae', 'simmim', pytest.param('tests.toy_method', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('meshes', [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=['mixed', 'all'])
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.

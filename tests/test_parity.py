@@ -15,7 +15,8 @@ import optax
 import pytest
 
 from configs import mae, simmim
-from mto_jax import losses, methods, objective, optim, schedules
+from mto_jax import losses, methods, optim, schedules
+from tests.conftest import forward
 
 pytestmark = pytest.mark.filterwarnings('default')  # the peers' own warnings are not ours to mend
 
@@ -167,13 +168,13 @@ def test_mae_against_hugging_face(config, rng, torch, dtype, size, channels, nor
     config.model.dtype = dtype
     exact = dtype == 'float32'
     method, grid = small_mae(config, size, channels, norm_pix_loss)
-    params = randomised(objective.init_params(method, jax.random.key(0)), rng)
+    params = randomised(method.init(jax.random.key(0))[0], rng)
     peer = hugging_face_mae(torch, config, params, grid)
     images = rng.normal(size=(5, *size, channels)).astype(np.float32)
     noise = rng.uniform(size=(5, grid[0] * grid[1])).astype(np.float32)
 
     def loss_fn(p):
-        out = method.apply({'params': p}, images, noise=noise)
+        out = forward(method, p, images, noise=noise)
         return out.losses['reconstruction'], out
 
     (loss, ours), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
@@ -200,7 +201,7 @@ def test_a_hundred_steps_against_hugging_face(config, rng, torch):
     o.base_lr, o.warmup_epochs, config.batch_size = 2e-3, 10.0, 256  # one step an "epoch": a rate of 2e-3 at most
     schedule = schedules.learning_rate(o, config.batch_size, 100, 1)
     tx = optim.adamw(o, schedule)
-    params = objective.init_params(method, jax.random.key(0))
+    params = method.init(jax.random.key(0))[0]
     peer = hugging_face_mae(torch, config, params, grid)
     decayed = [p for p in peer.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in peer.parameters() if p.requires_grad and p.ndim == 1]
@@ -211,7 +212,7 @@ def test_a_hundred_steps_against_hugging_face(config, rng, torch):
     )
 
     def loss_fn(p, images, noise):
-        return method.apply({'params': p}, images, noise=noise).losses['reconstruction']
+        return forward(method, p, images, noise=noise).losses['reconstruction']
 
     @jax.jit
     def step(p, state, images, noise):
@@ -250,6 +251,7 @@ def test_a_hundred_steps_against_hugging_face(config, rng, torch):
 def test_block_against_timm(rng, torch, layer_scale):
     """Output, and the gradients by input and parameters, of one block with the exact GELU."""
     timm = pytest.importorskip('timm.models.vision_transformer', reason='timm is not installed (requirements-timm.txt)')
+    from mto_jax.attention import Conditioning
     from mto_jax.models.layers import Block
 
     ours = Block(heads=4, layer_scale=layer_scale)
@@ -257,9 +259,9 @@ def test_block_against_timm(rng, torch, layer_scale):
     weight = rng.normal(size=x.shape).astype(np.float32)
 
     def apply(params, x):
-        return ours.apply({'params': params}, x, None, None, x, None, 0, False)[0]
+        return ours.apply({'params': params}, x, Conditioning(), False)[0]
 
-    params = randomised(ours.init(jax.random.key(0), x, None, None, x, None, 0, False)['params'], rng)
+    params = randomised(ours.init(jax.random.key(0), x, Conditioning(), False)['params'], rng)
     peer = timm.Block(
         32,
         4,
@@ -354,7 +356,7 @@ def test_simmim_against_pytorch(rng, torch, size, channels):
     c.model.patch_size, c.model.width, c.model.heads, c.model.depth = 4, 32, 4, 3
     c.model.dtype, c.model.drop_path = 'float32', 0.0
     method = methods.build(c)
-    params = randomised(objective.init_params(method, jax.random.key(0)), rng)
+    params = randomised(method.init(jax.random.key(0))[0], rng)
     images = rng.normal(size=(4, *size, channels)).astype(np.float32)
     units = (size[0] // 8, size[1] // 8)
     noise = rng.uniform(size=(4, units[0] * units[1])).astype(np.float32)
@@ -363,7 +365,7 @@ def test_simmim_against_pytorch(rng, torch, size, channels):
     np.put_along_axis(mask, np.argsort(noise, 1)[:, :count], True, 1)
 
     def loss_fn(p):
-        return method.apply({'params': p}, images, noise=noise).losses['reconstruction']
+        return forward(method, p, images, noise=noise).losses['reconstruction']
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
     theirs = {k: torch.tensor(v, requires_grad=True) for k, v in named(params).items()}
@@ -439,7 +441,7 @@ def test_initial_distributions_of_mae(seed):
     c = mae.get_config()
     c.model.width, c.model.heads, c.model.depth, c.model.patch_size = 128, 4, 2, 8
     c.mae.decoder_width, c.mae.decoder_heads, c.mae.decoder_depth = 64, 4, 2
-    params = named(objective.init_params(methods.build(c), jax.random.key(seed)))
+    params = named(methods.build(c).init(jax.random.key(seed))[0])
     for name, value in params.items():
         rule = next(rule for pattern, rule in MAE_INIT if re.search(pattern, name))
         assert_distributed(value, *rule(value.shape), name)
@@ -451,7 +453,7 @@ def test_initial_distributions_of_simmim(seed):
     c = simmim.get_config()
     c.model.width, c.model.heads, c.model.depth = 128, 4, 3
     c.model.layer_scale = 0.1
-    params = named(objective.init_params(methods.build(c), jax.random.key(seed)))
+    params = named(methods.build(c).init(jax.random.key(seed))[0])
     for name, value in params.items():
         assert_distributed(value, *simmim_init(name, value.shape), name)
     assert not any(n.endswith('k_bias') for n in params)

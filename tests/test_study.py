@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from configs import study_mae, study_simmim
-from mto_jax import in_memory, methods, study, trainer
+from mto_jax import in_memory, job, methods, study, trainer
 from mto_jax.analysis import speed, study_report
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
@@ -16,8 +16,10 @@ from mto_jax.errors import UserError
 INF = float('inf')
 
 
-def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path):
-    """Two seeds in one dispatch, over an epoch's end, against two runs of the main job."""
+@pytest.mark.parametrize('method', ['mae', pytest.param('tests.toy_method', marks=pytest.mark.slow)])
+def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
+    """Two seeds in one dispatch, over an epoch's end, against two runs of the main job; also with a teacher."""
+    config.method = method
     config.data.crop, config.data.train_split = 'resize', 'train[:100]'
     config.mto.enabled, config.mto.recalibration, config.mto.w_e = True, 'ramp', 0.1
     config.epochs, config.optim.base_lr, config.diagnose_every = 3.0, 0.01, 0
@@ -38,7 +40,9 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path):
             if path[-1].key != 'k_bias':
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6, err_msg=str(path))
 
-        jax.tree_util.tree_map_with_path(compare, in_memory.take(states, i).params, state.params)
+        mine = in_memory.take(states, i)
+        jax.tree_util.tree_map_with_path(compare, mine.params, state.params)
+        jax.tree_util.tree_map_with_path(compare, mine.model_state, state.model_state)
 
 
 def test_in_memory_refuses_crops(config):
@@ -173,7 +177,6 @@ def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize('which', [0, 1])
 def test_unusable_features_are_a_row_of_nan(two_runs, monkeypatch, value, which):
     """Of training or test images: the study goes on."""
-    method = methods.build(two_runs)
     data = memory.load(two_runs.data, 'train[:40]'), memory.load(two_runs.data, 'test[:40]')
     real, calls = study.features.extract, []
 
@@ -185,8 +188,8 @@ def test_unusable_features_are_a_row_of_nan(two_runs, monkeypatch, value, which)
         return found, labels
 
     monkeypatch.setattr(study.features, 'extract', broken)
-    params = in_memory.prepare(two_runs, data[0][0]).create(0).params
-    row = study._evaluator(method, two_runs, *data)(params, False)
+    training = job.prepare(two_runs, 40)
+    row = study._evaluator(training, two_runs, *data)(training.create(0), False)
     assert len(calls) == 2
     assert all(math.isnan(row[k]) for k in ('linear', 'knn', 'reconstruction'))
 
@@ -203,15 +206,16 @@ def test_evaluations_see_all_classes(two_runs, monkeypatch):
         labels.append(np.concatenate([b['label'][b['valid']] for b in batches]))
         return np.ones((len(labels[-1]), 1), np.float32), labels[-1]
 
-    def diagnose(params, images, key):
+    def diagnose(self, state, images, key):
         shown.append(images)
         return {'losses': {'x': 0.0}}
 
     monkeypatch.setattr(study.features, 'extract', extract)
-    monkeypatch.setattr(study.objective, 'make_diagnose', lambda *_: diagnose)
+    monkeypatch.setattr(job.Job, 'diagnose', diagnose)
     monkeypatch.setattr(study.jax, 'jit', lambda f: f)
     monkeypatch.setattr(study.frozen, 'accuracies', lambda *_: {'linear': 0.1, f'knn_{two_runs.eval.knn_k[-1]}': 0.1})
-    study._evaluator(methods.build(two_runs), two_runs, train, test)(None, False)
+    training = job.prepare(two_runs, 600)
+    study._evaluator(training, two_runs, train, test)(training.create(0), False)
     assert labels[0].tolist() == train[1][order.subset(600, 60)].tolist()
     positions = shown[0].reshape(-1, 4).copy().view(np.uint32)[:, 0]
     assert set(test[1][positions]) == set(range(10))

@@ -16,12 +16,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, job, methods, objective, optim, schedules, tasks, train_state, trainer
+from mto_jax import checkpoint, job, methods, objective, optim, parallel, schedules, tasks, train_state, trainer
+from mto_jax.attention import Conditioning, DotProduct
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
 from mto_jax.metrics import read_history
 from mto_jax.models import vit
 from mto_jax.models.layers import Block, trunc_normal_one_std
+from tests import toy_method
 from tests.conftest import shrink
 
 
@@ -29,21 +31,17 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b))
 
 
-def build_step(config, total=10):
-    method = methods.build(config)
-    schedule = optax.constant_schedule(1e-2)
-    tx = optim.adamw(config.optim, schedule)
-    loss_fn = objective.pretrain_loss(method, config.data)
-    state = train_state.create(objective.init_params(method, jax.random.key(0)), tx)
+def build_step(config):
+    """A training, its first state, an empty meter and a batch of 16."""
+    config.batch_size = 16
+    training = job.prepare(config, 130)
     images = np.random.default_rng(0).integers(0, 256, (16, *config.data.image_size, config.data.channels), np.uint8)
-    names = train_state.term_names(loss_fn, state.params, {'image': images})
-    step = train_state.make_train_step(loss_fn, tx, schedule, total, config.accumulate)
-    return step, state, train_state.Meter.empty(names), {'image': images}
+    return training, training.create(0), train_state.Meter.empty(training.names), {'image': images}
 
 
 def lowered(config):
-    step, state, meter, batch = build_step(config)
-    return jax.jit(step).lower(state, meter, batch, jax.random.key(0)).as_text()
+    training, state, meter, batch = build_step(config)
+    return jax.jit(training.train_step).lower(state, meter, {}, batch, jax.random.key(0)).as_text()
 
 
 @pytest.mark.parametrize('name', ['mae', 'simmim'])
@@ -61,36 +59,36 @@ def test_mto_off_costs_nothing(config, monkeypatch, name):
 
 
 class PlainStack(nn.Module):
-    """The same blocks in a loop, without a mask, a hook or statistics."""
+    """The same blocks in a loop, without a mask, a choice of attention, taps or statistics."""
 
     arch: vit.Architecture
-    settings: None = None
+    attends: None = None
+    taps: tuple = ()
 
     @nn.compact
-    def __call__(self, x, *, bias=None, train=False, **unused):
+    def __call__(self, x, seen, *, train=False, depth=None):
         a = self.arch
         for i in range(a.depth):
             out = a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1)))
-            parts = {'kernel_init': a.weight_init, 'out_init': out, 'implementation': a.attention, 'dtype': a.dtype}
+            parts = {'kernel_init': a.weight_init, 'out_init': out, 'attend': DotProduct(a.attention), 'dtype': a.dtype}
             block = Block(a.heads, a.mlp_ratio, a.qkv_bias, **parts, name=f'block{i}')
-            x, _ = block(x, bias, None, x, None, a.num_prefix, train)
-        return vit.Encoded(x, {})
+            x, _ = block(x, Conditioning(bias=seen.bias), train)
+        return vit.Encoded(x, {}, {})
 
 
 def test_accumulation_is_the_mean_over_microbatches(config):
     """Four microbatches take one AdamW step with the mean of their gradients, each with its own mask."""
-    _, state, meter, batch = build_step(config)
-    loss_fn = objective.pretrain_loss(methods.build(config), config.data)
+    training, state, meter, batch = build_step(config)
     config.accumulate = 4
-    got, got_meter = jax.jit(build_step(config)[0])(state, meter, batch, jax.random.key(7))
+    got, got_meter = jax.jit(build_step(config)[0].train_step)(state, meter, {}, batch, jax.random.key(7))
     key = jax.random.fold_in(jax.random.key(7), 0)
-    grads = []
+    grad, grads = jax.jit(jax.grad(training.objective.loss, has_aux=True)), []
     for i in range(4):
         part = {'image': batch['image'][i::4]}
-        grads.append(jax.grad(loss_fn, has_aux=True)(state.params, part, jax.random.fold_in(key, i), 0.0)[0])
+        arguments = {}, {}, part, jax.random.fold_in(key, i), training.clock(jnp.int32(0))
+        grads.append(grad(state.params, *arguments)[0])
     mean = jax.tree.map(lambda *g: sum(g) / 4, *grads)
-    tx = optim.adamw(config.optim, optax.constant_schedule(1e-2))
-    updates, _ = tx.update(mean, state.opt_state, state.params)
+    updates, _ = training.tx.update(mean, state.opt_state, state.params)
     want = optax.apply_updates(state.params, updates)
     # Adam divides by the gradient's own size, so only parameters whose gradient is not rounding noise compare.
     for g, a, b in zip(*(jax.tree.leaves(t) for t in (mean, got.params, want)), strict=True):
@@ -133,7 +131,7 @@ def test_decay_of_the_official_recipes(name, decayed, count):
     """Which tensors of ViT-B decay, and how many: as the official codes' optimizers group them."""
     config = importlib.import_module(f'configs.{name}').get_config()
     method = methods.build(config)
-    params = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
+    params = jax.eval_shape(lambda: method.init(jax.random.key(0))[0])
     o = config.optim
     flat, _ = jax.tree_util.tree_flatten_with_path(optim.decay_mask(params, o.decay_cls_token, o.decay_mask_token))
     assert {path[-1].key for path, yes in flat if yes} == decayed
@@ -146,7 +144,7 @@ def test_tokens_decay_by_their_own_fields(config, cls_token, mask_token):
     """With a zero gradient, an update is the decay alone."""
     o = config.optim
     o.decay_cls_token, o.decay_mask_token = cls_token, mask_token
-    params = objective.init_params(methods.build(config), jax.random.key(0))
+    params = methods.build(config).init(jax.random.key(0))[0]
     tx = optim.adamw(o, optax.constant_schedule(1.0))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert bool(updates['encoder']['cls_token'].any()) == cls_token
@@ -315,26 +313,27 @@ def follow(config, advice):
     return changed
 
 
+def poison(monkeypatch, change):
+    """Change what the pre-training objective returns: `change(loss, terms, steps done) -> (loss, terms)`."""
+    original = objective.Pretraining.loss
+
+    def poisoned(self, params, model_state, constants, batch, key, clock):
+        loss, (terms, statistics) = original(self, params, model_state, constants, batch, key, clock)
+        loss, terms = change(loss, terms, clock.step)
+        return loss, (terms, statistics)
+
+    monkeypatch.setattr(objective.Pretraining, 'loss', poisoned)
+
+
 def diverge_at(step, monkeypatch):
-    """Make the loss of one step NaN unless the gradient is clipped, the rate lowered or the precision raised."""
-    original = objective.pretrain_loss
-
-    def poisoned(method, data):
-        loss_fn = original(method, data)
-
-        def at_step(params, batch, key, progress):
-            loss, terms = loss_fn(params, batch, key, progress)
-            return loss * jnp.where(jnp.isclose(progress, (step - 1) / 8), jnp.nan, 1.0), terms
-
-        return at_step
-
-    monkeypatch.setattr(objective, 'pretrain_loss', poisoned)
+    """Make the loss of one step NaN."""
+    poison(monkeypatch, lambda loss, terms, done: (loss * jnp.where(done == step - 1, jnp.nan, 1.0), terms))
 
 
 @pytest.mark.parametrize('step', [1, 5])
 def test_advice_after_divergence_can_be_followed(config, tmp_path, step):
-    """Each cure that the message names resumes, alone and with the others; a start before any save refuses nothing;
-    and after an attempt that does not fit the checkpoint the original command still resumes."""
+    """Each cure that the message names resumes with `resume_anyway`, and is refused without; a start before any save
+    refuses nothing; and after an attempt that does not fit the checkpoint the original command still resumes."""
     config.checkpoints.every, config.log_every, config.model.dtype = 2, 1, 'bfloat16'
     with pytest.MonkeyPatch.context() as m:
         diverge_at(step, m)
@@ -344,14 +343,14 @@ def test_advice_after_divergence_can_be_followed(config, tmp_path, step):
         assert [c.partition('=')[0] for c in cures] == [
             f'--config.{n}' for n in ('optim.clip_norm', 'optim.base_lr', 'model.dtype')
         ]
-        for cure in cures:  # the cure is allowed, though it does not cure this made disease
-            shutil.copytree(tmp_path, tmp_path.parent / 'cured', dirs_exist_ok=True)
-            changed = follow(config, cure)
-            with pytest.raises(UserError, match='not finite' if step == 1 else 'holds a run with another config'):
-                trainer.pretrain(changed, tmp_path.parent / 'cured')
+        for cure in cures if step == 5 else ():  # it is allowed, though it does not cure this made disease
+            changed = tmp_path.parent / 'changed'
+            shutil.copytree(tmp_path, changed)
+            with pytest.raises(UserError, match='holds a run with another config'):
+                trainer.pretrain(follow(config, cure), changed)
             with pytest.raises(UserError, match='not finite'):
-                trainer.pretrain(follow(config, f'{cure} --config.resume_anyway=True'), tmp_path.parent / 'cured')
-            shutil.rmtree(tmp_path.parent / 'cured')
+                trainer.pretrain(follow(config, f'{cure} --config.resume_anyway=True'), changed)
+            shutil.rmtree(changed)
     worse = follow(config, '--config.model.width=24 --config.resume_anyway=True')
     if step == 5:
         with pytest.raises(UserError, match='another model'):
@@ -361,6 +360,7 @@ def test_advice_after_divergence_can_be_followed(config, tmp_path, step):
         trainer.pretrain(worse, tmp_path)  # nothing was saved, so nothing is refused
 
 
+@pytest.mark.slow
 def test_advice_without_memory_can_be_followed(config, tmp_path, monkeypatch):
     """A device that runs out of memory at step 5: each way out that the message names resumes at step 4."""
     config.checkpoints.every = 2
@@ -394,21 +394,13 @@ def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):
     """A learning rate that blows up: the stop names step, terms and the last good checkpoint, which resumes."""
     config.model.attention, config.mae.norm_pix_loss, config.log_every = '', False, 2
     config.checkpoints.every, config.checkpoints.keep = 2, 9
-    original = objective.pretrain_loss
 
-    def poisoned(method, data):
-        loss_fn = original(method, data)
-
-        def at_step_five(params, batch, key, progress):
-            loss, terms = loss_fn(params, batch, key, progress)
-            return loss * jnp.where(progress >= 4 / 8, jnp.nan, 1.0), terms | {
-                'extra': jnp.where(progress >= 5 / 8, jnp.inf, 1.0)
-            }
-
-        return at_step_five
+    def at_step_five(loss, terms, done):
+        extra = {'extra': jnp.where(done >= 5, jnp.inf, 1.0)}
+        return loss * jnp.where(done >= 4, jnp.nan, 1.0), terms | extra
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(objective, 'pretrain_loss', poisoned)
+        poison(m, at_step_five)
         with pytest.raises(UserError, match=r'not finite at step 5: grad_norm, loss, param_norm.*checkpoints/4'):
             trainer.pretrain(config, tmp_path)
     assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [2, 4]
@@ -459,19 +451,72 @@ def test_probe_configs_read_a_checkpoint(config, tmp_path):
         tasks.run(c, tmp_path / 'x')
 
 
-def test_a_method_of_ones_own(config, tmp_path):
-    """tests/toy_method.py, named by `config.method`: it learns with MTO, resumes bitwise and is probed."""
+def test_custom_method(config, tmp_path):
+    """tests/toy_method.py, named by `config.method`: with a teacher, running statistics and two stacks it learns with
+    MTO, accumulates, resumes bitwise, and student and teacher are probed."""
     config.method = 'tests.toy_method'
     config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
-    config.epochs, config.optim.base_lr, config.optim.warmup_epochs = 4.0, 1e-2, 1.0
+    config.epochs, config.optim.base_lr, config.optim.warmup_epochs, config.accumulate = 4.0, 1e-2, 1.0, 2
+    config.eval.every_epochs = 2.0
     whole = trainer.pretrain(config, tmp_path / 'whole')
     colour = [r['colour'] for r in read_history(tmp_path / 'whole') if 'colour' in r]
     assert colour[-1] < 0.9 * colour[0]
     shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
     shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '16')
     assert same(whole, trainer.pretrain(config, tmp_path / 'part'))
+    assert not same(whole.params['encoder'], whole.model_state['teacher']['encoder'])
+    rows = read_history(tmp_path / 'whole')
+    assert [r['feature_weight'] for r in rows if 'feature_weight' in r][-1] == 1.0
+    assert {'block/het.encoder/1', 'block/het.predictor/1', 'token_distance.predictor'} <= set().union(*rows)
+    for name in ('heterogeneity.png', 'report.html'):
+        assert (tmp_path / 'whole' / name).stat().st_size > 5000
     config.task, config.checkpoint = 'knn', str(tmp_path / 'part')
-    assert 0.05 < tasks.run(config, tmp_path / 'knn')['knn_20'] <= 1
+    found = []
+    for weights in ('student', 'teacher'):
+        config.eval.weights = weights
+        found.append(tasks.run(config, tmp_path / weights)['knn_20'])
+        assert 0.05 < found[-1] <= 1
+    assert len([r for r in rows if 'val_knn_20' in r]) == 2
+
+
+def test_model_state_after_one_update(config):
+    """The teacher moves towards the updated student, and the statistics of both microbatches are folded in once."""
+    config.method, config.accumulate = 'tests.toy_method', 2
+    training, state, meter, batch = build_step(config)
+    after, meter = jax.jit(training.train_step)(state, meter, {}, batch, jax.random.key(7))
+    before, key = state.model_state, jax.random.fold_in(jax.random.key(7), 0)
+    statistics = []
+    for i in range(2):
+        arguments = {}, {'image': batch['image'][i::2]}, jax.random.fold_in(key, i), training.clock(jnp.int32(0))
+        _, (_, found) = jax.jit(training.objective.loss)(state.params, before, *arguments)
+        statistics.append(found)
+    near = {'rtol': 1e-5, 'atol': 1e-6}
+    for name, old in before['running'].items():
+        want = 0.9 * old + 0.1 * (statistics[0][name] + statistics[1][name]) / 2
+        np.testing.assert_allclose(after.model_state['running'][name], want, **near)
+    want = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before['teacher'], {'encoder': after.params['encoder']})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **near), after.model_state['teacher'], want)
+    assert meter.sums['model_state_norm'] == pytest.approx(float(optax.tree.norm(after.model_state)), rel=1e-5)
+
+
+def test_a_model_state_that_is_not_finite_stops(config, tmp_path, monkeypatch):
+    """The loss is finite; a running statistic is not, from step 3 on."""
+    config.method, config.checkpoints.every, config.log_every = 'tests.toy_method', 2, 1
+    real = toy_method.Toy.after_update
+
+    def broken(self, params, model_state, statistics, clock):
+        out = real(self, params, model_state, statistics, clock)
+        return out | {'running': jax.tree.map(lambda x: x / jnp.where(clock.step >= 2, 0.0, 1.0), out['running'])}
+
+    monkeypatch.setattr(toy_method.Toy, 'after_update', broken)
+    with pytest.raises(UserError, match=r'not finite at step 3: model_state_norm.*checkpoints/2'):
+        trainer.pretrain(config, tmp_path)
+
+
+def test_a_teacher_is_asked_for_where_there_is_none(config, tmp_path):
+    config.eval.weights = 'teacher'
+    with pytest.raises(UserError, match=r"eval\.weights is 'teacher', but the method has no teacher"):
+        trainer.pretrain(config, tmp_path)
 
 
 def test_quickstart_config_compares(tmp_path):
@@ -496,3 +541,37 @@ def test_the_flagship_is_what_it_says():
     assert flagship.mto.enabled
     with pytest.raises(ValueError, match='vit_xl'):
         mae.get_config('vit_xl')
+
+
+class Distillation:
+    """An objective with constants: a frozen matrix that parameters are drawn to."""
+
+    def __init__(self, target):
+        self.constants = {'target': target}
+
+    def init(self, key):
+        return {'w': jax.random.normal(key, self.constants['target'].shape)}, {}
+
+    def loss(self, params, model_state, constants, batch, key, clock):
+        loss = jnp.square(params['w'] - constants['target']).mean() * batch['image'].mean()
+        return loss, ({}, {})
+
+    def after_update(self, params, model_state, statistics, clock):
+        return model_state
+
+
+def test_constants_are_not_donated(config):
+    """They are an argument of the step: still there after it, and no part of the state."""
+    config.optim.warmup_epochs, config.optim.base_lr, config.optim.weight_decay = 0.0, 1.0, 0.0
+    target = jnp.arange(6.0).reshape(2, 3)
+    shapes = {'image': jax.ShapeDtypeStruct((8,), np.float32)}
+    training = job.assemble(Distillation(target), config.optim, 32, 200, 10, shapes)
+    mesh = parallel.make_mesh(1)
+    with jax.set_mesh(mesh):
+        step, state = training.step(mesh), training.create(0)
+        for _ in range(200):
+            meter = train_state.Meter.empty(training.names)
+            state, meter = step(state, meter, training.objective.constants, {'image': jnp.ones(8)}, jax.random.key(0))
+    assert not target.is_deleted()
+    assert float(meter.sums['loss']) < 0.1
+    np.testing.assert_allclose(state.params['w'], target, atol=0.5)

@@ -19,6 +19,17 @@ BLOCK_TERMS = {
 }
 
 
+def block_terms(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """{term: title} of the diagnosed terms in these rows; a method with several stacks has a term per stack."""
+    titles = {}
+    for name in dict.fromkeys(k for row in rows for k in row if k.startswith('block/') and k.endswith('/0')):
+        term = name.split('/')[1]
+        statistic, _, stack = term.partition('.')
+        if statistic in BLOCK_TERMS:
+            titles[term] = BLOCK_TERMS[statistic] + (f', {stack}' if stack else '')
+    return dict(sorted(titles.items(), key=lambda item: [*BLOCK_TERMS].index(item[0].partition('.')[0])))
+
+
 def _save(fig: Figure, path: epath.Path) -> None:
     picture = io.BytesIO()
     fig.savefig(picture, format='png', dpi=110)
@@ -59,9 +70,9 @@ def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) 
 
 def per_block(path: epath.Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Each diagnosed term over the blocks, one line a step, dark to light. Rows hold 'block/<term>/<index>'."""
-    found = {}
+    found, titles = {}, block_terms(rows)
     for row in rows:
-        for term in BLOCK_TERMS:
+        for term in titles:
             values = [row[k] for k in sorted((k for k in row if k.startswith(f'block/{term}/')), key=_index)]
             if values:
                 found.setdefault(term, []).append((row['step'], values))
@@ -73,7 +84,7 @@ def per_block(path: epath.Path, rows: Sequence[Mapping[str, float]]) -> None:
         colours = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(shown)))
         for colour, (step, values) in zip(colours, shown, strict=True):
             axis.plot(range(len(values)), values, marker='o', markersize=3, color=colour, label=f'step {int(step)}')
-        axis.set_title(BLOCK_TERMS[term], fontsize=10)
+        axis.set_title(titles[term], fontsize=10)
         axis.set_xlabel('block')
         axis.set_xticks(range(len(lines[0][1])))
         axis.grid(alpha=0.3)
@@ -81,14 +92,16 @@ def per_block(path: epath.Path, rows: Sequence[Mapping[str, float]]) -> None:
     _save(fig, path)
 
 
-def triplets(path: epath.Path, images: Mapping[str, np.ndarray], columns: int) -> None:
-    """Rows 'original', 'masked', 'reconstruction' of the first images, float (B, H, W, C) in [0, 1]."""
-    names = ('original', 'masked', 'reconstruction')
-    columns = min(columns, len(images['original']))
-    fig = Figure(figsize=(1.5 * columns + 0.3, 1.6 * len(names)), layout='constrained')
-    axes = fig.subplots(len(names), columns, squeeze=False)
-    for line, name in zip(axes, names, strict=True):
-        for axis, image in zip(line, np.asarray(images[name], np.float32), strict=False):
+def pictures(path: epath.Path, images: Mapping[str, np.ndarray], columns: int) -> None:
+    """A row per name of the first images, float (B, H, W, C) in [0, 1]; nothing is written where there is none."""
+    if not images:
+        return
+    columns = min(columns, *map(len, images.values()))
+    images = dict(sorted(images.items(), key=lambda item: item[0] != 'original'))  # what the others are compared with
+    fig = Figure(figsize=(1.5 * columns + 0.3, 1.6 * len(images)), layout='constrained')
+    axes = fig.subplots(len(images), columns, squeeze=False)
+    for line, (name, shown) in zip(axes, images.items(), strict=True):
+        for axis, image in zip(line, np.asarray(shown, np.float32), strict=False):
             axis.imshow(as_rgb(image), interpolation='nearest')
             axis.set_xticks([])
             axis.set_yticks([])

@@ -13,7 +13,7 @@ from etils import epath
 from matplotlib.ticker import MaxNLocator
 
 from mto_jax.analysis import page
-from mto_jax.analysis.plots import BLOCK_TERMS
+from mto_jax.analysis.plots import block_terms
 from mto_jax.analysis.runs import LOSSES, MEASURED, Run, best, load, losses, probes, terms
 from mto_jax.errors import UserError
 from mto_jax.hosts import flatten
@@ -182,7 +182,7 @@ def _pictures(runs):
 
 def _heterogeneity(runs):
     parts = []
-    for term, title in BLOCK_TERMS.items():
+    for term, title in block_terms([row for r in runs for row in r.rows]).items():
         found = [(r, colour, *r.blocks(term)) for r, colour in zip(runs, page.colours(len(runs)), strict=True)]
         found = [f for f in found if np.isfinite(f[-1]).any()]
         if not found:

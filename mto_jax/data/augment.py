@@ -7,9 +7,14 @@ import jax.numpy as jnp
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 images (B, H, W, C) to float32: (x / 255 - mean) / std, per channel."""
+    """Images (B, H, W, C), uint8 or floats in [0, 1], to float32: (x - mean) / std of x in [0, 1], per channel."""
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+    return (to_float(images) - mean) / std
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Images of any shape to float32 in [0, 1]: uint8 over 255, floats as they are."""
+    return images.astype(jnp.float32) / (255.0 if images.dtype == jnp.uint8 else 1.0)
 
 
 def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -1,6 +1,7 @@
 """Frozen features of whole images."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,38 @@ from mto_jax import parallel
 from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.methods import Method
+from mto_jax.train_state import TrainState
 
 FEATURES = ('mean', 'class')
+
+
+def item(method: Method, c) -> tuple[str, Any]:
+    """The item of a checkpoint that `config.eval.weights` names, and its shapes.
+
+    Raises:
+      UserError: if the method has no teacher.
+    """
+    params, model_state = jax.eval_shape(lambda: method.init(jax.random.key(0)))
+    if c.weights == 'student':
+        return 'params', params
+    if 'teacher' not in model_state:
+        raise UserError("eval.weights is 'teacher', but the method has no teacher; set eval.weights='student'")
+    return 'model_state.teacher', model_state['teacher']
+
+
+def weights(state: TrainState, c) -> Any:
+    """What `config.eval.weights` names, of a training state."""
+    return state.params if c.weights == 'student' else state.model_state['teacher']
 
 
 def encoder(method: Method, config) -> Callable:
     """`(params, uint8 images) -> float32 (B, D)`, jitted: the features that `config.eval` names.
 
     Raises:
-      UserError: for unknown features, a class token the model does not have, or a depth it does not reach.
+      UserError: for unknown features, a class token the model does not have, a depth it does not reach, or a teacher
+        that there is not.
     """
+    item(method, config.eval)
     kind, depth, arch = config.eval.features, config.eval.depth or None, method.arch
     if kind not in FEATURES:
         raise UserError(f'eval.features is {kind!r}; it must be one of {", ".join(FEATURES)}')
@@ -31,7 +54,7 @@ def encoder(method: Method, config) -> Callable:
     @jax.jit
     def encode(params, images):
         x = augment.normalize(images, config.data.mean, config.data.std)
-        tokens = method.apply({'params': params}, x, depth, method='encode').astype(jnp.float32)
+        tokens = method.encode(params, x, depth=depth).astype(jnp.float32)
         return tokens[:, 0] if kind == 'class' else tokens[:, arch.num_prefix :].mean(1)
 
     return encode

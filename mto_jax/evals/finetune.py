@@ -1,5 +1,6 @@
 """Plain fine-tuning on a share of the labels, in memory: AdamW with layer decay, flips, nothing else."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mto_jax import in_memory, optim, parallel, schedules, train_state
+from mto_jax import in_memory, job, parallel, schedules, train_state
 from mto_jax.data import augment, memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features
@@ -21,8 +22,12 @@ def subset(num_examples: int, share: float, seed: int) -> np.ndarray:
     return order.subset(num_examples, count, seed)
 
 
-def schedule(c, num_examples: int) -> tuple[int, int, int, optax.Schedule]:
-    """Labelled examples, batch size, total steps and learning rate of the fine-tuning that `config.finetune` describes.
+def steps(c, num_examples: int) -> tuple[int, int, int, int]:
+    """Labelled examples, batch size, total steps and steps per epoch of the fine-tuning that `c` describes.
+
+    Args:
+      c: `config.finetune`.
+      num_examples: of the training split.
 
     Raises:
       UserError: if its warm-up is not shorter than it.
@@ -32,9 +37,52 @@ def schedule(c, num_examples: int) -> tuple[int, int, int, optax.Schedule]:
     per_epoch = order.steps_per_epoch(count, batch_size)
     total = schedules.to_steps(c.epochs, per_epoch)
     try:
-        return count, batch_size, total, schedules.learning_rate(c.optim, batch_size, total, per_epoch)
+        schedules.learning_rate(c.optim, batch_size, total, per_epoch)
     except UserError as e:
         raise UserError(f'finetune.{e}') from None
+    return count, batch_size, total, per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """An objective for `train_state.make_train_step`: a linear head on the mean of the patch tokens, and the encoder.
+
+    Attributes:
+      method: whose encoder it is.
+      num_classes: of the head.
+      mean, std: of the pixels in [0, 1], per channel.
+      flip: mirror images at random.
+    """
+
+    method: Method
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    flip: bool
+    constants = {}  # noqa: RUF012
+
+    def init(self, key):
+        encoder_key, head_key = jax.random.split(key)
+        kernel = 0.01 * jax.random.normal(head_key, (self.method.arch.width, self.num_classes))
+        head = {'kernel': kernel, 'bias': jnp.zeros(self.num_classes)}
+        return {'encoder': self.method.init(encoder_key)[0]['encoder'], 'head': head}, {}
+
+    def logits(self, params, images: jax.Array, **how) -> jax.Array:
+        """Float32 (B, classes) of uint8 images; `how` as for `Method.encode`."""
+        images = augment.normalize(images, self.mean, self.std)
+        tokens = self.method.encode(params, images, **how)[:, self.method.arch.num_prefix :]
+        return tokens.astype(jnp.float32).mean(1) @ params['head']['kernel'] + params['head']['bias']
+
+    def loss(self, params, model_state, constants, batch, key, clock):
+        del model_state, constants, clock
+        flip_key, key = jax.random.split(key)
+        images = augment.random_flip(flip_key, batch['image']) if self.flip else batch['image']
+        logits = self.logits(params, images, train=True, key=key)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean(), ({}, {})
+
+    def after_update(self, params, model_state, statistics, clock):
+        del params, statistics, clock
+        return model_state
 
 
 def accuracies(
@@ -47,52 +95,37 @@ def accuracies(
 ) -> list[float]:
     """Test accuracy of each seed after fine-tuning its encoder on `config.finetune.label_share` of the labels.
 
-    A linear head on the mean of the patch tokens is trained with the encoder. The labelled images, their order and the
-    head's start depend on the seed alone.
+    The labelled images, their order and the head's start depend on the seed alone.
 
     Args:
       params: of the method, with a leading axis of seeds.
       train, test: uint8 images (n, H, W, C) and int32 labels (n,).
     """
     c, data = config.finetune, config.data
-    count, batch_size, total, rate = schedule(c, len(train[0]))
-    tx = optim.adamw(c.optim, rate)
+    count, batch_size, total, per_epoch = steps(c, len(train[0]))
+    objective = Classification(method, data.num_classes, tuple(data.mean), tuple(data.std), data.flip)
+    shapes = {
+        'image': jax.ShapeDtypeStruct((batch_size, *train[0].shape[1:]), np.uint8),
+        'label': jax.ShapeDtypeStruct((batch_size,), np.int32),
+    }
+    training = job.assemble(objective, c.optim, batch_size, total, per_epoch, shapes)
 
-    def logits_of(p, images):
-        tokens = method.apply({'params': {'encoder': p['encoder']}}, images, None, method='encode')
-        return tokens[:, method.arch.num_prefix :].astype(jnp.float32).mean(1) @ p['head']['kernel'] + p['head']['bias']
+    def begin(encoder, seed):
+        head = objective.init(train_state.stream(seed, 'head'))[0]['head']
+        return train_state.begin({'encoder': encoder, 'head': head}, {}, training.tx)
 
-    def loss_fn(p, batch, key, progress):
-        images = augment.normalize(batch['image'], data.mean, data.std)
-        if data.flip:
-            images = augment.random_flip(key, images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits_of(p, images), batch['label']).mean()
-        return loss, {}
-
-    def create(encoder, seed):
-        shape = (method.arch.width, data.num_classes)
-        kernel = 0.01 * jax.random.normal(train_state.stream(seed, 'head'), shape)
-        head = {'kernel': kernel, 'bias': jnp.zeros(data.num_classes)}
-        return train_state.create({'encoder': encoder, 'head': head}, tx)
-
-    states = in_memory.stack([create(in_memory.take(params['encoder'], i), s) for i, s in enumerate(seeds)])
-    step = train_state.make_train_step(loss_fn, tx, rate, total)
-    names = ('loss', 'grad_norm', 'param_norm', 'learning_rate')
+    states = in_memory.stack([begin(in_memory.take(params['encoder'], i), s) for i, s in enumerate(seeds)])
     positions = []
     for s in seeds:
         chosen = subset(len(train[0]), c.label_share, s)
         positions.append([chosen[b] for b in order.batch_positions(count, batch_size, s, 0, total)])
     keys = jnp.stack([train_state.stream(s, 'finetune') for s in seeds])
     arrays = {'image': jnp.asarray(train[0]), 'label': jnp.asarray(train[1])}
-    meters = in_memory.stack([Meter.empty(names) for _ in seeds])
-    states, _ = in_memory.make_steps(step)(states, meters, arrays, np.array(positions, np.int32), keys)
+    meters = in_memory.stack([Meter.empty(training.names) for _ in seeds])
+    run = in_memory.make_steps(training.train_step)
+    states, _ = run(states, meters, objective.constants, arrays, np.array(positions, np.int32), keys)
 
-    @jax.jit
-    def guess(p, images):
-        return logits_of(p, augment.normalize(images, data.mean, data.std))
-
-    mesh = parallel.make_mesh(1)
-    out = []
+    mesh, guess, out = parallel.make_mesh(1), jax.jit(objective.logits), []
     for i in range(len(seeds)):
         batches = memory.batches(*test, config.eval.batch_size)
         logits, labels = features.extract(guess, in_memory.take(states.params, i), batches, mesh)

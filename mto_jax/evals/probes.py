@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, hosts, methods, objective, parallel, rules
+from mto_jax import checkpoint, hosts, methods, parallel, rules
 from mto_jax.data import order, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen
@@ -104,9 +104,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
         saved = merged(reader.config(step), config)
         method = methods.build(saved)
         check(method, saved, mesh, saved.data.train_split, saved.data.test_split)
-        shapes = jax.eval_shape(lambda: objective.init_params(method, jax.random.key(0)))
+        name, shapes = features.item(method, saved.eval)
         abstract = checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh))
-        return saved, method, reader.restore_params(abstract, step)
+        return saved, method, reader.restore_item(abstract, step, name)
 
     trained, step, (saved, method, params) = checkpoint.read(config.checkpoint, load)
     say(f'{config.task} of {trained} at step {step}, features: {saved.eval.features}')

@@ -6,7 +6,7 @@ package ('mae'), a dotted one any importable module ('my_project.my_method').
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,67 +16,192 @@ import jax.numpy as jnp
 
 from mto_jax import mto
 from mto_jax.errors import UserError
+from mto_jax.losses import patchify, unpatchify
 from mto_jax.models import vit
+
+View = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
-class Output:
+class Clock:
+    """Where a training stands. Integers, so that what changes per epoch changes at the right step.
+
+    Attributes:
+      step: int32 scalar, updates made before this one.
+      total: updates of the training.
+      steps_per_epoch: as it says.
+    """
+
+    step: jax.Array
+    total: int = flax.struct.field(pytree_node=False)
+    steps_per_epoch: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def epoch(self) -> jax.Array:
+        """Epochs completed, int32."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def progress(self) -> jax.Array:
+        """Fraction of the training, float32 in [0, 1)."""
+        return self.step.astype(jnp.float32) / self.total
+
+
+@flax.struct.dataclass
+class Stack:
+    """One stack of blocks whose input contains mask tokens, as MTO reads it.
+
+    Attributes:
+      masked: bool (B, N), True where a patch is hidden.
+      embedded: (B, N, D) patch tokens that enter it, before positions.
+      blocks: statistics of the blocks that were read, by block index.
+      depth: number of blocks.
+    """
+
+    masked: jax.Array
+    embedded: jax.Array
+    blocks: Mapping[int, Mapping[str, jax.Array]]
+    depth: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Result:
     """What a method computes from one batch.
 
     Attributes:
-      losses: named float32 scalars; their sum is the method's own objective.
-      predictions: (B, N, p * p * C), what the method predicts at each patch.
-      target: (B, N, p * p * C), what it is compared with.
-      mask: bool (B, N), True where a patch was hidden.
-      stats: of blocks of the mask-bearing stack: what MTO's losses need, or with `everything` `mto.diagnosis` of each.
-      embedded: (B, N, D) tokens that enter that stack, before positions.
+      losses: named float32 scalars, unweighted.
+      stacks: the mask-bearing stacks, by name.
+      weights: of the losses, scalars; 1 where absent.
+      logs: further scalars to log.
+      statistics: of the batch, for `Method.after_update`: a pytree of arrays, averaged over the microbatches of an
+        update like its gradients.
+      predictions: (B, N, K), for `SingleModule`'s pictures: what is predicted at each patch.
+      mask: bool (B, N), for the same: where patches are hidden.
     """
 
     losses: Mapping[str, jax.Array]
-    predictions: jax.Array
-    target: jax.Array
-    mask: jax.Array
-    stats: Mapping[int, Mapping[str, jax.Array]]
-    embedded: jax.Array
+    stacks: Mapping[str, Stack]
+    weights: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    logs: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    statistics: Any = flax.struct.field(default_factory=dict)
+    predictions: jax.Array | None = None
+    mask: jax.Array | None = None
 
 
-class Method(nn.Module):
-    """Base of all methods: a Flax module that sees normalised images (B, H, W, C).
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all methods: static choices, no arrays. Images are normalised floats (B, H, W, C).
 
-    Subclasses define `__call__(images, *, noise=None, train=False, everything=False) -> Output` (random numbers from
-    the streams 'mask' and 'dropout'; `noise` replaces the former), `encode(images, depth=None)` on whole images and
-    `to_pixels(output, images)`.
+    Attributes:
+      arch: the encoder's architecture.
+      mto: MTO's settings, or None.
+      watch: for the diagnosis: return all of MTO's statistics of every block instead of those that the losses need, and
+        do not drop paths.
+    """
+
+    arch: vit.Architecture
+    mto: mto.Settings | None
+    watch: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def views(self) -> Mapping[str, View | None]:
+        """The views of each image that `loss` gets, by name: made on the device after the shared crop and flip by
+        `(key, float images in [0, 1]) -> images in [0, 1]`; None for the images as they are."""
+        return {'image': None}
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Fresh (params, model_state): float32 parameters, of which params['encoder'] is what evaluations encode with,
+        and what else the method carries from step to step (a teacher, running statistics), {} where nothing."""
+        raise NotImplementedError  # pragma: no cover
+
+    def loss(
+        self,
+        params: Any,
+        model_state: Any,
+        views: Mapping[str, jax.Array],
+        key: jax.Array,
+        clock: Clock,
+        *,
+        noise: jax.Array | None = None,
+    ) -> Result:
+        """The losses of one batch, in training mode. `noise` replaces the random numbers of the mask."""
+        raise NotImplementedError  # pragma: no cover
+
+    def after_update(self, params: Any, model_state: Any, statistics: Any, clock: Clock) -> Any:
+        """The model state for the next step: called once per optimizer update, however many microbatches it took.
+
+        Args:
+          params: after the update.
+          model_state: as the losses saw it.
+          statistics: the mean of `Result.statistics` over the microbatches.
+          clock: of the update.
+        """
+        del params, statistics, clock
+        return model_state
+
+    def encode(
+        self, params: Any, images: jax.Array, *, depth: int | None = None, train: bool = False, key=None
+    ) -> jax.Array:
+        """Tokens (B, P + N, D) of full images; after `depth` blocks, or all and the final norm.
+
+        Args:
+          train: apply drop path, with random numbers from `key`.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def pictures(self, params: Any, model_state: Any, images: jax.Array, key: jax.Array) -> Mapping[str, jax.Array]:
+        """Normalised images (B, H, W, C) to look at, by name; NaN where pixels are hidden."""
+        del params, model_state, images, key
+        return {}
+
+
+class SingleModule(Method):
+    """A method of one Linen module, `self.module`, without model state.
+
+    The module has `__call__(images, *, noise, train) -> Result` with random numbers from the streams 'mask' and
+    'dropout', `encode(images, depth, train)`, a submodule named `encoder`, and `to_pixels(result, images)`.
     """
 
     @property
-    def arch(self) -> vit.Architecture:
-        """The encoder's architecture."""
+    def module(self) -> nn.Module:
         raise NotImplementedError  # pragma: no cover
 
-    @property
-    def settings(self) -> mto.Settings | None:
-        """MTO's settings, or None."""
-        raise NotImplementedError  # pragma: no cover
+    def init(self, key):
+        images = jnp.zeros((1, *self.arch.image_size, self.arch.channels), jnp.float32)
+        rngs = dict(zip(('params', 'mask', 'dropout'), jax.random.split(key, 3), strict=True))
+        return self.module.init(rngs, images, noise=None, train=False)['params'], {}
 
-    @property
-    def mask_depth(self) -> int:
-        """Number of blocks of the stack that carries masked tokens."""
-        return self.arch.depth
+    def loss(self, params, model_state, views, key, clock, *, noise=None):
+        del model_state, clock
+        return self._apply(params, views['image'], key, noise, train=not self.watch)
 
-    def encode(self, images: jax.Array, depth: int | None = None) -> jax.Array:
-        """Tokens (B, P + N, D) of whole images; after `depth` blocks, or all and the final norm."""
-        raise NotImplementedError  # pragma: no cover
+    def _apply(self, params, images, key, noise=None, train=False) -> Result:
+        rngs = dict(zip(('mask', 'dropout'), jax.random.split(key), strict=True))
+        return self.module.apply({'params': params}, images, noise=noise, train=train, rngs=rngs)
 
-    def to_pixels(self, output: Output, images: jax.Array) -> jax.Array:
-        """Predictions as patches of normalised pixels, (B, N, p * p * C)."""
-        return output.predictions
+    def encode(self, params, images, *, depth=None, train=False, key=None):
+        rngs = {'dropout': key} if train else {}
+        # The encoder alone: a fine-tuned one has no decoder or head.
+        variables = {'params': {'encoder': params['encoder']}}
+        return self.module.apply(variables, images, depth, train, method='encode', rngs=rngs)
+
+    def pictures(self, params, model_state, images, key):
+        a = self.arch
+        result = self._apply(params, images, key)
+        true = patchify(images, a.patch_size)
+        hidden = result.mask[..., None]
+        predicted = self.module.apply({}, result, images, method='to_pixels')
+        # The true patches where visible: only the hidden ones were predicted with a loss.
+        shown = {'original': true, 'masked': jnp.where(hidden, jnp.nan, true)}
+        shown['reconstruction'] = jnp.where(hidden, predicted, true)
+        return {name: unpatchify(patches, a.grid, a.patch_size) for name, patches in shown.items()}
 
 
 def build(config) -> Method:
     """The method that `config.method` names.
 
     Raises:
-      UserError: if there is no such module, it has no `build`, or that raises ValueError for a field.
+      UserError: if there is no such module, it has no `build`, or the config does not describe one of its methods.
     """
     name = config.method
     module_name = name if '.' in name else f'{__name__}.{name}'
@@ -133,3 +258,8 @@ def mto_settings(config, depth: int) -> mto.Settings | None:
     settings = mto.Settings(**fields | {'blocks': tuple(fields['blocks'])})
     settings.validate(depth)
     return settings
+
+
+def attends(method: Method, arch: vit.Architecture) -> tuple[mto.MaskedAttention | None, ...] | None:
+    """What MTO does in the blocks of a mask-bearing stack of `method`: `vit.Transformer.attends`."""
+    return mto.attends(method.mto, arch.depth, arch.num_prefix, method.watch)

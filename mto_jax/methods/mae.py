@@ -6,20 +6,38 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mto_jax import losses, masking, methods, mto
+from mto_jax import losses, masking, methods
+from mto_jax.attention import Attend, Conditioning
 from mto_jax.models import position, vit
 from mto_jax.models.layers import flat_xavier, layer_norm
 
 
+@dataclasses.dataclass(frozen=True)
+class MAE(methods.SingleModule):
+    """An encoder of the visible patches, and a light decoder in which mask tokens stand for the others.
+
+    Attributes:
+      decoder: architecture of the decoder, the stack that carries the mask tokens.
+      mask_ratio: fraction of hidden patches.
+      norm_pix_loss: normalise each target patch by its own mean and standard deviation.
+    """
+
+    decoder: vit.Architecture
+    mask_ratio: float
+    norm_pix_loss: bool
+
+    module = property(lambda self: Autoencoder(self))
+
+
 class Decoder(nn.Module):
-    """Tokens of the visible patches to predicted values of all patches. This stack carries the mask tokens."""
+    """Tokens of the visible patches to predicted values of all patches."""
 
     arch: vit.Architecture
-    settings: mto.Settings | None
+    attends: tuple[Attend | None, ...] | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, masks: masking.Masks, outputs: int, train: bool, everything: bool):
-        """x (B, P + K, encoder width) to predictions (B, N, outputs), the blocks' output and the embedded tokens."""
+    def __call__(self, x: jax.Array, masks: masking.Masks, outputs: int, train: bool):
+        """x (B, P + K, encoder width) to predictions (B, N, outputs) and the mask-bearing stack."""
         a = self.arch
         x = nn.Dense(a.width, dtype=a.dtype, kernel_init=flat_xavier, name='embed')(x)
         token = vit.mask_token(self)
@@ -29,65 +47,46 @@ class Decoder(nn.Module):
         patches = jnp.take_along_axis(patches, masks.ids_restore[..., None], axis=1)
         embedded = jnp.concatenate([prefix, patches], axis=1)
         positions = jnp.pad(position.sincos_2d(a.grid, a.width), ((a.num_prefix, 0), (0, 0)))
-        out = vit.Transformer(a, self.settings, name='blocks')(
-            embedded + positions.astype(a.dtype),
-            masked=vit.prefix_false(masks.mask, a.num_prefix),
-            embedded=embedded,
-            train=train,
-            everything=everything,
-        )
+        seen = Conditioning(masked=vit.prefix_false(masks.mask, a.num_prefix), tokens=embedded)
+        out = vit.Transformer(a, self.attends, name='blocks')(embedded + positions.astype(a.dtype), seen, train=train)
         x = layer_norm('norm')(out.tokens).astype(a.dtype)
         x = nn.Dense(outputs, dtype=a.dtype, kernel_init=flat_xavier, name='pred')(x[:, a.num_prefix :])
-        return x, out, patches
+        return x, methods.Stack(masks.mask, patches, out.stats, a.depth)
 
 
-class MAE(methods.Method):
-    """An encoder of the visible patches, and a light decoder in which mask tokens stand for the others.
+class Autoencoder(nn.Module):
+    """MAE's two stacks."""
 
-    Attributes:
-      encoder_arch, decoder_arch: of the two stacks.
-      mto_settings: MTO's settings for the decoder, or None.
-      mask_ratio: share of hidden patches.
-      norm_pix_loss: normalise each target patch by its own mean and standard deviation.
-    """
-
-    encoder_arch: vit.Architecture
-    decoder_arch: vit.Architecture
-    mto_settings: mto.Settings | None
-    mask_ratio: float
-    norm_pix_loss: bool
-
-    arch = property(lambda self: self.encoder_arch)
-    settings = property(lambda self: self.mto_settings)
-    mask_depth = property(lambda self: self.decoder_arch.depth)
+    method: MAE
 
     def setup(self):
-        self.encoder = vit.ViT(self.encoder_arch)
-        self.decoder = Decoder(self.decoder_arch, self.mto_settings)
+        m = self.method
+        self.encoder = vit.ViT(m.arch)
+        self.decoder = Decoder(m.decoder, methods.attends(m, m.decoder))
 
-    def __call__(self, images, *, noise=None, train=False, everything=False) -> methods.Output:
-        """See `methods.Method`. noise: float (B, N)."""
-        a = self.encoder_arch
+    def __call__(self, images, *, noise, train):
+        """See `methods.SingleModule`. noise: float (B, N)."""
+        m, a = self.method, self.method.arch
         if noise is None:
             noise = jax.random.uniform(self.make_rng('mask'), (images.shape[0], a.num_patches))
-        masks = masking.random_masking(noise, self.mask_ratio)
+        masks = masking.random_masking(noise, m.mask_ratio)
         target = losses.patchify(images.astype(jnp.float32), a.patch_size)
-        if self.norm_pix_loss:
+        if m.norm_pix_loss:
             target = losses.normalize_patches(target)
         encoded = self.encoder(images, ids_keep=masks.ids_keep, train=train)
-        predictions, out, embedded = self.decoder(encoded.tokens, masks, target.shape[-1], train, everything)
+        predictions, stack = self.decoder(encoded.tokens, masks, target.shape[-1], train)
         loss = losses.masked_mse(predictions, target, masks.mask)
-        return methods.Output({'reconstruction': loss}, predictions, target, masks.mask, out.stats, embedded)
+        return methods.Result({'reconstruction': loss}, {'decoder': stack}, predictions=predictions, mask=masks.mask)
 
-    def encode(self, images, depth=None):
-        return self.encoder(images, depth=depth).tokens
+    def encode(self, images, depth, train):
+        return self.encoder(images, depth=depth, train=train).tokens
 
-    def to_pixels(self, output, images):
+    def to_pixels(self, result, images):
         """Undo the target's normalisation with each true patch's own statistics, which the loss never sees."""
-        predictions = output.predictions.astype(jnp.float32)
-        if not self.norm_pix_loss:
+        predictions = result.predictions.astype(jnp.float32)
+        if not self.method.norm_pix_loss:
             return predictions
-        mean, std = losses.patch_moments(losses.patchify(images, self.encoder_arch.patch_size))
+        mean, std = losses.patch_moments(losses.patchify(images, self.method.arch.patch_size))
         return predictions * std + mean
 
 
@@ -96,12 +95,7 @@ def build(config) -> MAE:
     encoder = methods.architecture(config)
     c = config.mae
     decoder = dataclasses.replace(
-        encoder,
-        depth=c.decoder_depth,
-        width=c.decoder_width,
-        heads=c.decoder_heads,
-        drop_path=0.0,
-        position='sincos',  # of the decoder, whatever the encoder's are
+        encoder, depth=c.decoder_depth, width=c.decoder_width, heads=c.decoder_heads, drop_path=0.0
     )
     keep = masking.num_visible(encoder.num_patches, config.mask_ratio)
     if not 2 <= keep < encoder.num_patches:
@@ -110,4 +104,4 @@ def build(config) -> MAE:
             f'2 to {encoder.num_patches - 1} must'
         )
     settings = methods.mto_settings(config, decoder.depth)
-    return MAE(encoder, decoder, settings, config.mask_ratio, c.norm_pix_loss)
+    return MAE(encoder, settings, decoder, config.mask_ratio, c.norm_pix_loss)

@@ -1,53 +1,61 @@
 """SimMIM: "A Simple Framework for Masked Image Modeling" (arXiv 2111.09886), after microsoft/SimMIM (ViT variant)."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mto_jax import losses, masking, methods, mto
+from mto_jax import losses, masking, methods
 from mto_jax.models import vit
 
 
-class SimMIM(methods.Method):
+@dataclasses.dataclass(frozen=True)
+class SimMIM(methods.SingleModule):
     """An encoder in which mask tokens stand for hidden patches, and a linear layer that predicts their pixels.
 
     Attributes:
-      encoder_arch: of the encoder, which carries the mask tokens.
-      mto_settings: MTO's settings for the encoder, or None.
-      mask_ratio: share of hidden units, rounded up to whole units.
+      mask_ratio: fraction of hidden units, rounded up to full units.
       mask_unit: side of a masked unit in patches.
     """
 
-    encoder_arch: vit.Architecture
-    mto_settings: mto.Settings | None
     mask_ratio: float
     mask_unit: int
 
-    arch = property(lambda self: self.encoder_arch)
-    settings = property(lambda self: self.mto_settings)
+    module = property(lambda self: MaskedEncoder(self))
+
+
+class MaskedEncoder(nn.Module):
+    """SimMIM's encoder and head."""
+
+    method: SimMIM
 
     def setup(self):
-        a = self.encoder_arch
-        self.encoder = vit.ViT(a, self.mto_settings)
+        a = self.method.arch
+        self.encoder = vit.ViT(a, methods.attends(self.method, a))
         # The official head is a 1x1 convolution with PyTorch's default initialisation: uniform in 1 / sqrt(fan in).
         init = vit.torch_default_bias(a.width)
         self.head = nn.Dense(a.patch_size**2 * a.channels, dtype=a.dtype, kernel_init=init, bias_init=init)
 
-    def __call__(self, images, *, noise=None, train=False, everything=False) -> methods.Output:
-        """See `methods.Method`. noise: float (B, units)."""
-        a = self.encoder_arch
+    def __call__(self, images, *, noise, train):
+        """See `methods.SingleModule`. noise: float (B, units)."""
+        m, a = self.method, self.method.arch
         if noise is None:
-            units = (a.grid[0] // self.mask_unit) * (a.grid[1] // self.mask_unit)
+            units = (a.grid[0] // m.mask_unit) * (a.grid[1] // m.mask_unit)
             noise = jax.random.uniform(self.make_rng('mask'), (images.shape[0], units))
-        mask = masking.unit_masking(noise, a.grid, self.mask_unit, self.mask_ratio).mask
-        encoded = self.encoder(images, mask=mask, train=train, everything=everything)
+        mask = masking.unit_masking(noise, a.grid, m.mask_unit, m.mask_ratio).mask
+        encoded = self.encoder(images, mask=mask, train=train)
         predictions = self.head(encoded.tokens[:, a.num_prefix :])
-        target = losses.patchify(images.astype(jnp.float32), a.patch_size)
-        loss = losses.masked_l1(predictions, target, mask)
-        return methods.Output({'reconstruction': loss}, predictions, target, mask, encoded.stats, encoded.embedded)
+        loss = losses.masked_l1(predictions, losses.patchify(images.astype(jnp.float32), a.patch_size), mask)
+        stack = methods.Stack(mask, encoded.embedded, encoded.stats, a.depth)
+        return methods.Result({'reconstruction': loss}, {'encoder': stack}, predictions=predictions, mask=mask)
 
-    def encode(self, images, depth=None):
-        return self.encoder(images, depth=depth).tokens
+    def encode(self, images, depth, train):
+        return self.encoder(images, depth=depth, train=train).tokens
+
+    def to_pixels(self, result, images):
+        del images
+        return result.predictions
 
 
 def build(config) -> SimMIM:

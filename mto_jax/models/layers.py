@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mto_jax import mto
+from mto_jax.attention import Attend, Conditioning, DotProduct
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -51,73 +51,56 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused query-key-value matrix.
+    """Multi-head attention of the tokens to each other (one fused query-key-value matrix), or to a memory.
 
     Attributes:
       heads: number of heads.
       qkv_bias: which of queries, keys and values have a bias: 'qkv' (MAE), 'qv' (BEiT family) or ''.
-      kernel_init, proj_init: initialisers of the fused and of the output matrix.
-      implementation: of `jax.nn.dot_product_attention` ('xla', 'cudnn'), used where no hook needs the logits; None
-        for plain matrix products.
+      kernel_init, proj_init: initialisers of the input matrices and of the output matrix.
+      attend: what is done with queries, keys and values.
     """
 
     heads: int
     qkv_bias: str = 'qkv'
     kernel_init: Initializer = flat_xavier
     proj_init: Initializer = flat_xavier
-    implementation: str | None = None
+    attend: Attend = DotProduct()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        bias: jax.Array | None,
-        hook: mto.BlockHook | None,
-        masked: jax.Array | None,
-        tokens: jax.Array,
-        num_prefix: int,
+        self, x: jax.Array, seen: Conditioning, memory: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Attend over x (B, N, D); returns (B, N, D) and the hook's statistics (empty without a hook)."""
+        """x (B, N, D) to (B, N, D), attending to x or to memory (B, M, D'); and the statistics of `attend`."""
         width = x.shape[-1]
         d = width // self.heads
-        kernel = self.param('qkv_kernel', self.kernel_init, (width, 3, self.heads, d))
-        qkv = jnp.einsum('bnc,cthd->tbnhd', x.astype(self.dtype), kernel.astype(self.dtype))
-        q, k, v = (
-            part + self.param(f'{name}_bias', nn.initializers.zeros, (self.heads, d)).astype(self.dtype)
-            if name in self.qkv_bias
-            else part
-            for name, part in zip('qkv', qkv, strict=True)
-        )
-        scale = 1.0 / math.sqrt(d)
-        stats = {}
-        if hook is None and self.implementation:
-            bias = None if bias is None else bias.astype(self.dtype)[None]
-            out = jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=self.implementation)
-        else:
 
-            def logits_of(keys):
-                return scale * jnp.einsum('bqhd,bkhd->bhqk', q, keys, preferred_element_type=jnp.float32)
+        def project(source, names):
+            shape = (source.shape[-1], len(names), self.heads, d)
+            kernel = self.param(f'{names}_kernel', self.kernel_init, shape)
+            parts = jnp.einsum('bnc,cthd->tbnhd', source.astype(self.dtype), kernel.astype(self.dtype))
+            return [
+                part + self.param(f'{name}_bias', nn.initializers.zeros, shape[2:]).astype(self.dtype)
+                if name in self.qkv_bias
+                else part
+                for name, part in zip(names, parts, strict=True)
+            ]
 
-            logits = logits_of(k)
-            if hook is not None:
-                logits, stats = hook.apply(logits, bias, masked, tokens, num_prefix, logits_of, k)
-            elif bias is not None:
-                logits = logits + bias
-            weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-            out = jnp.einsum('bhqk,bkhd->bqhd', weights, v)
+        q, k, v = project(x, 'qkv') if memory is None else (*project(x, 'q'), *project(memory, 'kv'))
+        out, stats = self.attend(q, k, v, seen)
         out = out.reshape(*out.shape[:2], width)
         return nn.Dense(width, dtype=self.dtype, kernel_init=self.proj_init, name='proj')(out), stats
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and MLP (exact GELU), with optional layer scale and drop path.
+    """Pre-norm transformer block: attention, cross-attention where there is a memory, and MLP (exact GELU).
 
     Attributes:
       heads, mlp_ratio, qkv_bias: as in `vit.Architecture`.
-      kernel_init, out_init: initialisers of the first and of the last matrix of both branches.
+      kernel_init, out_init: initialisers of the first and of the last matrix of each branch.
       layer_scale: initial value of the per-channel scale of each branch; 0 for none.
       drop_path: probability of dropping a branch.
+      attend: what is done with queries, keys and values of the self-attention.
     """
 
     heads: int
@@ -127,21 +110,12 @@ class Block(nn.Module):
     out_init: Initializer = flat_xavier
     layer_scale: float = 0.0
     drop_path: float = 0.0
-    implementation: str | None = None
+    attend: Attend = DotProduct()
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        bias: jax.Array | None,
-        masked: jax.Array | None,
-        tokens: jax.Array,
-        hook: mto.BlockHook | None,
-        num_prefix: int,
-        train: bool,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x (B, N, D) to (B, N, D), and the hook's statistics. `tokens` are what the hook sees as the block's input."""
+    def __call__(self, x: jax.Array, seen: Conditioning, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x (B, N, D) to (B, N, D), and the statistics of `attend`."""
         width = x.shape[-1]
 
         def branch(y, name):
@@ -150,17 +124,16 @@ class Block(nn.Module):
                 y = y * gamma.astype(y.dtype)
             return DropPath(self.drop_path)(y, train)
 
-        attention = Attention(
-            self.heads,
-            self.qkv_bias,
-            self.kernel_init,
-            self.out_init,
-            self.implementation,
-            self.dtype,
-            name='attn',
-        )
-        y, stats = attention(layer_norm('norm1')(x), bias, hook, masked, tokens, num_prefix)
+        def attention(name, attend):
+            inits = {'kernel_init': self.kernel_init, 'proj_init': self.out_init}
+            return Attention(self.heads, self.qkv_bias, **inits, attend=attend, dtype=self.dtype, name=name)
+
+        y, stats = attention('attn', self.attend)(layer_norm('norm1')(x), seen)
         x = x + branch(y, 'attn')
+        if seen.memory is not None:
+            queries, memory = layer_norm('norm_queries')(x), layer_norm('norm_memory')(seen.memory)
+            y, _ = attention('cross_attn', DotProduct())(queries, Conditioning(), memory)
+            x = x + branch(y, 'cross_attn')
         hidden = int(width * self.mlp_ratio)
         y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(layer_norm('norm2')(x))
         y = nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name='mlp_out')(nn.gelu(y, approximate=False))

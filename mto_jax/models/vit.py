@@ -10,7 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mto_jax import losses, mto, parallel
+from mto_jax import losses, parallel
+from mto_jax.attention import Attend, Conditioning, DotProduct
 from mto_jax.models import position
 from mto_jax.models.layers import Block, flat_xavier, layer_norm, trunc_normal_one_std
 
@@ -122,50 +123,45 @@ class Encoded:
 
     Attributes:
       tokens: (B, P + N, D), prefix tokens first.
-      stats: statistics of each block that MTO read, by block index.
+      stats: by block index, the statistics of each block whose `attend` returns any.
+      taps: by block index, the output (B, P + N, D) of the chosen blocks.
       embedded: (B, N, D) patch tokens, mask tokens in place, before positions; None where nothing is masked.
     """
 
     tokens: jax.Array
     stats: Mapping[int, Mapping[str, jax.Array]]
+    taps: Mapping[int, jax.Array]
     embedded: jax.Array | None = None
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. With `settings`, masked tokens are recalibrated and watched as MTO asks."""
+    """A stack of blocks.
+
+    Attributes:
+      arch: depth, width and kind of the blocks.
+      attends: what each block does with queries, keys and values where tokens are masked; None, for a block or for
+        all, is plain attention.
+      taps: blocks whose output is returned.
+    """
 
     arch: Architecture
-    settings: mto.Settings | None = None
+    attends: tuple[Attend | None, ...] | None = None
+    taps: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        bias: jax.Array | None = None,
-        masked: jax.Array | None = None,
-        embedded: jax.Array | None = None,
-        train: bool = False,
-        everything: bool = False,
-        depth: int | None = None,
-    ) -> Encoded:
-        """Apply the blocks.
+    def __call__(self, x: jax.Array, seen: Conditioning, *, train: bool = False, depth: int | None = None) -> Encoded:
+        """Apply the blocks to x (B, P + N, D).
 
         Args:
-          x: (B, P + N, D).
-          bias: relative-position bias (h, P + N, P + N).
-          masked: bool (B, P + N); without it MTO does nothing.
-          embedded: the input before positions are added, (B, P + N, D), which MTO reads at block 0.
+          seen: what all blocks see; its `tokens` are for the first.
           train: apply drop path.
-          everything: return `mto.diagnosis` of every block instead of what MTO's losses need.
           depth: apply the first blocks only.
         """
-        a, stats = self.arch, {}
-        block_class = nn.remat(Block, static_argnums=(5, 6, 7)) if a.remat else Block
+        a, stats, taps = self.arch, {}, {}
+        plain = DotProduct(a.attention)
+        attends = (self.attends if seen.masked is not None else None) or (None,) * a.depth
+        block_class = nn.remat(Block, static_argnums=(3,)) if a.remat else Block
         for i in range(a.depth if depth is None else depth):
-            hook = None
-            if masked is not None and (self.settings or everything):
-                hook = (self.settings or mto.Settings()).hook(i, a.depth, everything)
             block = block_class(
                 heads=a.heads,
                 mlp_ratio=a.mlp_ratio,
@@ -174,23 +170,30 @@ class Transformer(nn.Module):
                 out_init=a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))),
                 layer_scale=a.layer_scale,
                 drop_path=a.drop_path * i / max(a.depth - 1, 1),
-                implementation=a.attention,
+                attend=attends[i] or plain,
                 dtype=a.dtype,
                 name=f'block{i}',
             )
-            tokens = embedded if i == 0 and embedded is not None else x
             x = parallel.constrain_batch(x)
-            x, read = block(x, bias, masked, tokens, hook, a.num_prefix, train)
+            tokens = seen.tokens if i == 0 and seen.tokens is not None else x
+            x, read = block(x, seen.replace(tokens=tokens), train)
             if read:
                 stats[i] = read
-        return Encoded(x, stats)
+            if i in self.taps:
+                taps[i] = x
+        return Encoded(x, stats, taps)
 
 
 class ViT(nn.Module):
-    """An image encoder. Masked patches are either left out (`ids_keep`) or replaced by a mask token (`mask`)."""
+    """An image encoder. Masked patches are either left out (`ids_keep`) or replaced by a mask token (`mask`).
+
+    Attributes:
+      arch, attends, taps: as in `Transformer`.
+    """
 
     arch: Architecture
-    settings: mto.Settings | None = None
+    attends: tuple[Attend | None, ...] | None = None
+    taps: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -200,7 +203,6 @@ class ViT(nn.Module):
         ids_keep: jax.Array | None = None,
         mask: jax.Array | None = None,
         train: bool = False,
-        everything: bool = False,
         depth: int | None = None,
     ) -> Encoded:
         """Encode images (B, H, W, C), normalised floats.
@@ -209,7 +211,6 @@ class ViT(nn.Module):
           ids_keep: int (B, K), the patches to encode (MAE).
           mask: bool (B, N), the patches that a mask token stands for (SimMIM); creates that parameter.
           train: apply drop path.
-          everything: return `mto.diagnosis` of every block instead of what MTO's losses need.
           depth: stop after this many blocks, without the final norm; None for all blocks and the norm.
 
         Raises:
@@ -246,16 +247,10 @@ class ViT(nn.Module):
             shape = (position.num_relative_distances(a.grid), a.heads)
             table = self.param('relative_bias_table', nn.initializers.zeros, shape)
             bias = table[position.relative_index(a.grid, a.num_prefix)].transpose(2, 0, 1)
-        masked = None if mask is None else prefix_false(mask, a.num_prefix)
-        out = Transformer(a, self.settings, name='blocks')(
-            x,
-            bias=bias,
-            masked=masked,
-            embedded=None if mask is None else prepend(cls, embedded),
-            train=train,
-            everything=everything,
-            depth=depth,
-        )
+        seen = Conditioning(bias=bias)
+        if mask is not None:
+            seen = seen.replace(masked=prefix_false(mask, a.num_prefix), tokens=prepend(cls, embedded))
+        out = Transformer(a, self.attends, self.taps, name='blocks')(x, seen, train=train, depth=depth)
         if depth is None:
             out = out.replace(tokens=layer_norm('norm')(out.tokens).astype(a.dtype))
         return out.replace(embedded=embedded if mask is not None else None)
