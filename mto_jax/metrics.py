@@ -115,7 +115,7 @@ class Progress:
     def line(self, step: int, values: Mapping[str, float]) -> str:
         left = int((self._total - step) * values['seconds_per_step'])
         eta = f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
-        hidden = {'epoch', 'images_per_s', 'seconds_per_step', 'data_wait', 'param_norm'}
+        hidden = {'epoch', 'images_per_s', 'seconds_per_step', 'data_wait', 'param_norm', 'model_state_norm'}
         terms = ' '.join(f'{k} {v:.4g}' for k, v in values.items() if k not in hidden)
         return (
             f'step {step}/{self._total} epoch {values["epoch"]:.2f} | {terms} | '

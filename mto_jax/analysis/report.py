@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mto_jax.analysis import page
 from mto_jax.analysis.plots import block_terms
-from mto_jax.analysis.runs import LOSSES, MEASURED, Run, best, load, losses, probes, terms
+from mto_jax.analysis.runs import LOSSES, MEASURED, Run, best, load, losses, measured, probes
 from mto_jax.errors import UserError
 from mto_jax.hosts import flatten
 from mto_jax.metrics import say
@@ -63,7 +63,7 @@ def _page(runs, accuracies):
         'Test accuracy': _accuracies(accuracies),
         'Losses': _curves(runs, losses(runs)),
         'Probes over steps': _curves(runs, probes(runs)),
-        'Optimisation and speed': _curves(runs, [n for n in MEASURED if n in terms(runs)]),
+        'Optimisation and speed': _curves(runs, measured(runs)),
         'Reconstructions': _pictures(runs),
         'Heterogeneity': _heterogeneity(runs),
         'Config': _config(runs),
@@ -164,7 +164,9 @@ def _curves(runs, names):
 
         k = term.removeprefix('val_knn_')
         probe = (f'kNN, k = {k}, on the validation split' if k != term else 'on the validation split', 'accuracy')
-        text, unit = probe if term.startswith('val_') else MEASURED.get(term) or (LOSSES.get(term, ''), 'loss')
+        text, unit = (
+            probe if term.startswith('val_') else MEASURED.get(term.partition('.')[0]) or (LOSSES.get(term, ''), 'loss')
+        )
         figures.append(page.chart(draw, term, text, 'step', unit))
     return page.legend(_names(runs)) + page.grid(figures) if figures else ''
 

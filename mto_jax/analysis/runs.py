@@ -16,6 +16,7 @@ MEASURED = {
     'learning_rate': ('of the optimizer', 'rate'),
     'grad_norm': ('length of the gradient, before clipping', 'L2 norm'),
     'param_norm': ('length of all parameters', 'L2 norm'),
+    'model_state_norm': ('length of the model state', 'L2 norm'),
     'token_distance': ('of the mask token from the visible ones', 'standard deviations'),
     'images_per_s': ('speed, averaged since the start or the last pause', 'images / s'),
     'data_wait': ('time in which the loop waited for the input pipeline', 'share of the time'),
@@ -94,9 +95,14 @@ def terms(runs: Sequence[Run]) -> list[str]:
     return [n for n in names if n not in ('step', 'epoch', 'seconds_per_step')]
 
 
+def measured(runs: Sequence[Run]) -> list[str]:
+    """Terms that are no part of the objective; after a point a name may have that of a stack."""
+    return [n for known in MEASURED for n in terms(runs) if n.partition('.')[0] == known]
+
+
 def losses(runs: Sequence[Run]) -> list[str]:
     """Terms of the objective; what a method of one's own logs is one."""
-    names = [n for n in terms(runs) if n not in MEASURED and not n.startswith('val_')]
+    names = [n for n in terms(runs) if n not in measured(runs) and not n.startswith('val_')]
     return sorted(names, key=lambda n: [*LOSSES].index(n) if n in LOSSES else len(LOSSES))
 
 
