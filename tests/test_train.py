@@ -369,10 +369,10 @@ def test_advice_without_memory_can_be_followed(config, tmp_path, monkeypatch):
     def step(self, mesh):
         run = real(self, mesh)
 
-        def limited(state, meter, batch, key):
+        def limited(state, meter, *rest):
             if int(state.step) == 4:
                 raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.')
-            return run(state, meter, batch, key)
+            return run(state, meter, *rest)
 
         return limited
 
