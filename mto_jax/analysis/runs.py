@@ -102,7 +102,8 @@ def measured(runs: Sequence[Run]) -> list[str]:
 
 def losses(runs: Sequence[Run]) -> list[str]:
     """Terms of the objective; what a method of one's own logs is one."""
-    names = [n for n in terms(runs) if n not in measured(runs) and not n.startswith('val_')]
+    others = measured(runs)
+    names = [n for n in terms(runs) if n not in others and not n.startswith('val_')]
     return sorted(names, key=lambda n: [*LOSSES].index(n) if n in LOSSES else len(LOSSES))
 
 
