@@ -14,15 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-NAMES = (
-    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'
-)
+NAMES = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 
 
 def read(source: Path, prefix: str):
     """Images uint8 (n, 28, 28, 1) and labels (n,) of one original split."""
-    images = np.frombuffer(gzip.open(source / f'{prefix}-images-idx3-ubyte.gz').read(), np.uint8, offset=16)
-    labels = np.frombuffer(gzip.open(source / f'{prefix}-labels-idx1-ubyte.gz').read(), np.uint8, offset=8)
+    images = gzip.decompress((source / f'{prefix}-images-idx3-ubyte.gz').read_bytes())
+    labels = gzip.decompress((source / f'{prefix}-labels-idx1-ubyte.gz').read_bytes())
+    images, labels = np.frombuffer(images, np.uint8, offset=16), np.frombuffer(labels, np.uint8, offset=8)
     return images.reshape(-1, 28, 28, 1), labels.astype(np.int64)
 
 
@@ -60,10 +59,12 @@ def main():
     tfds.dataset_builders.store_as_tfds_dataset(
         name=args.name,
         version='1.0.0',
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(28, 28, 1), encoding_format='png'),
-            'label': tfds.features.ClassLabel(names=NAMES),
-        }),
+        features=tfds.features.FeaturesDict(
+            {
+                'image': tfds.features.Image(shape=(28, 28, 1), encoding_format='png'),
+                'label': tfds.features.ClassLabel(names=NAMES),
+            }
+        ),
         split_datasets={
             'train': train,
             'test': test,

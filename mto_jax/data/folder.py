@@ -1,7 +1,7 @@
 """A plain folder of images as a data set: `data.name='folder'`, and in `data.data_dir` one folder a split.
 
-    data_dir/train/<class>/any/depth.jpg    labels are the classes' places among those of all splits, sorted
-    data_dir/train/any.jpg                  no labels
+data_dir/train/<class>/any/depth.jpg    labels are the classes' places among those of all splits, sorted
+data_dir/train/any.jpg                  no labels
 """
 
 import dataclasses
@@ -90,7 +90,9 @@ def open_folder(root: str, split: str) -> Folder:
 def _listing(root: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{split: sorted paths and their labels}. Listed once a process: a large folder takes a while."""
     if not tf.io.gfile.isdir(root):
-        raise UserError(f"data.data_dir is {root!r}: no such folder; with data.name='folder' it holds one folder a split")
+        raise UserError(
+            f"data.data_dir is {root!r}: no such folder; with data.name='folder' it holds one folder a split"
+        )
     root = root.rstrip('/')
     found: dict[str, list[tuple[str, str]]] = {}
     for folder, _, files in tf.io.gfile.walk(root):

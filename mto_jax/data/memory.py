@@ -36,7 +36,9 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
         sizes = {n.removesuffix('_label'): len(arrays[n]) for n in arrays if n.endswith('_label')}
         found = split_range(split, sizes)
         if not found:
-            raise UserError(f'data: {data.data_dir} has no split {split!r}; it has {", ".join(sizes)} and slices of them')
+            raise UserError(
+                f'data: {data.data_dir} has no split {split!r}; it has {", ".join(sizes)} and slices of them'
+            )
         name, part = found
         images, labels = arrays[f'{name}_image'], arrays[f'{name}_label']
     wanted = (*data.image_size, data.channels)
@@ -52,7 +54,7 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[dict[
 
 
 def padded(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """A batch of at most `size` examples padded with zeros to `size`, and 'valid', bool (size,), says which are real."""
+    """A batch of at most `size` examples padded with zeros to `size`; 'valid', bool (size,), says which are real."""
     count = len(batch['label'])
     out = {k: np.pad(v, ((0, size - count), *[(0, 0)] * (v.ndim - 1))) for k, v in batch.items()}
     return out | {'valid': np.arange(size) < count}

@@ -8,7 +8,6 @@ import numpy as np
 
 from mto_jax.errors import UserError
 
-
 _SPLIT = re.compile(r'(?P<name>[\w.\-]+)(\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?')
 
 

@@ -170,7 +170,9 @@ def train_batches(
 
 
 def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Part | None = None) -> Iterator[Batch]:
-    """Every example, or `limit` of them, once, in order, in batches of one size; the last is padded, and 'valid' bool (rows,) says where.
+    """Every example, or `limit` of them, once, in order, in batches of one size.
+
+    The last batch is padded, and 'valid', bool (rows,), says where.
 
     Args:
       limit: only so many examples, a pseudo-random subset that depends on their number alone; 0 for all.

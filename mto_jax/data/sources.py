@@ -86,9 +86,7 @@ class Tfds:
         Of several shares each holds examples of its own, as many as the others; a few may be left out of all.
         """
         state = int(np.random.default_rng([seed, epoch]).integers(2**31))
-        config = tfds.ReadConfig(
-            shuffle_seed=state, try_autocache=False, enable_ordering_guard=False, add_tfds_id=True
-        )
+        config = tfds.ReadConfig(shuffle_seed=state, try_autocache=False, enable_ordering_guard=False, add_tfds_id=True)
         config.options.deterministic = True
         split = self.split
         if part.shares > 1:
@@ -118,9 +116,7 @@ class Tfds:
 
     def _parse(self, position, serialized):
         features = self.builder.info.features
-        return self._select(
-            features.deserialize_example(serialized, decoders=self._undecoded), self._name(position)
-        )
+        return self._select(features.deserialize_example(serialized, decoders=self._undecoded), self._name(position))
 
     def _select(self, example, name):
         label = example.get('label', tf.constant(-1, tf.int64))
@@ -150,9 +146,7 @@ def _open_tfds(data, split: str) -> Tfds:
     try:
         count = splits[split].num_examples
     except (KeyError, ValueError):
-        raise UserError(
-            f'data: {builder.name} has no split {split!r}; it has {", ".join(splits) or "none"}'
-        ) from None
+        raise UserError(f'data: {builder.name} has no split {split!r}; it has {", ".join(splits) or "none"}') from None
     if not count:
         raise UserError(f'data: the split {split!r} of {builder.name} is empty')
     if 'image' not in builder.info.features:
