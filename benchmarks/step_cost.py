@@ -9,13 +9,23 @@ It needs the machine for itself.
 
 import statistics
 import time
+from functools import partial
 
 import jax
 
-from mto_jax import cli, cpu, in_memory, study
-from mto_jax.data import memory
+from mto_jax import cli, cpu, job, study
+from mto_jax.data import memory, order
+from mto_jax.training import feed
 
 ROUNDS, STEPS = 7, 40
+
+
+def stretch(resident, state):
+    """Train, waiting after each STEPS steps."""
+    meter, step = resident.meter(), 0
+    while True:
+        state, meter, step = jax.block_until_ready(resident.advance(state, meter, step, step + STEPS))
+        yield
 
 
 def measure(config, workdir):
@@ -24,18 +34,20 @@ def measure(config, workdir):
     images = memory.load(config.data, config.data.train_split)[0]
     seeds = config.study.seeds[:1]
     setups = {name: setup for name, _, _, setup in study.grid(config)}  # budgets ascend: the largest stays
-    runs = {}
+    stretches = {}
     for name, setup in setups.items():
-        run = in_memory.prepare(setup, images)
-        stops = [STEPS * (i + 1) for i in range(ROUNDS + 1)]
-        runs[name] = run.train(in_memory.stack([run.create(s) for s in seeds]), seeds, 0, stops)
-        next(runs[name])
+        training = job.prepare(setup, len(images))
+        positions = partial(order.batch_positions, len(images), setup.batch_size)
+        resident = feed.Resident(training, {'image': images}, seeds, positions)
+        state = feed.stack([jax.jit(training.create)(s) for s in seeds])
+        stretches[name] = stretch(resident, state)
+        next(stretches[name])
         print(f'{name}: compiled', flush=True)
-    seconds = {name: [] for name in runs}
+    seconds = {name: [] for name in stretches}
     for _ in range(ROUNDS):
-        for name, run in runs.items():
+        for name, each in stretches.items():
             begun = time.perf_counter()
-            jax.block_until_ready(next(run))
+            next(each)
             seconds[name].append((time.perf_counter() - begun) / STEPS)
     base = seconds[study.BASELINE]
     print('| variant | seconds a step | relative to the baseline |\n|---|---|---|')

@@ -3,10 +3,11 @@
 A workdir holds `checkpoints/<step>/` with the items params, opt_state, config, about and one per entry of the model
 state (`model_state.teacher`), so that an evaluation can read the parameters, or a teacher, alone. `about` tells what
 the run depended on, and a checksum of every array: orbax does not notice a flipped bit, so a restored state is compared
-with it.
+with it. What never changes while a run trains (an objective's constants) is written once, to `constants/` beside them.
 """
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,10 +25,12 @@ from mto_jax import hosts
 from mto_jax.errors import UserError
 from mto_jax.metrics import say
 from mto_jax.train_state import TrainState
+from mto_jax.workdir import read_json, write
 
 NAME = 'checkpoints'  # of the folder in a workdir
 FORMAT = 2  # of what is saved; 1 had no model state and another tree of the optimizer
 STATE = 'model_state.'  # begins the name of an item that holds an entry of the model state
+CONSTANTS = 'constants'  # of a run: a folder, and a file of their checksums
 ASIDE = 'damaged'  # where what cannot be restored is moved
 DELETION = 5.0  # seconds within which a checkpoint that is being deleted is gone
 
@@ -105,6 +108,46 @@ class Checkpointer:
             metrics = None if score is None else {'score': float(score)}
             self._manager.save(int(state.step), args=args, metrics=metrics, force=True)
 
+    def keep_constants(self, constants: Any) -> None:
+        """Write a run's constants, a pytree, beside its checkpoints; where they are there already, compare.
+
+        Raises:
+          UserError: if those there are others: the states saved so far were trained with them.
+        """
+        if not jax.tree.leaves(constants):
+            return
+        sums, kept = checksums(constants), self._constants_kept()
+        if kept is None:
+            with self._explained(), ocp.StandardCheckpointer() as writer:
+                writer.save(self.workdir / CONSTANTS, constants, force=True)
+            if hosts.is_first():
+                write(self.workdir / f'{CONSTANTS}.json', json.dumps(sums, indent=2) + '\n')
+        elif wrong := sorted(n for n in sums.keys() | kept.keys() if sums.get(n) != kept.get(n)):
+            raise UserError(
+                f'{self.workdir / CONSTANTS} holds other values of {", ".join(wrong[:3])} ({len(wrong)} of {len(sums)} '
+                'arrays) than this run would train with; use the same frozen weights, or choose another --workdir'
+            )
+
+    def restore_constants(self, abstract: Any) -> Any:
+        """What `keep_constants` wrote, with the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+          Damaged: if there is nothing that can be read, or it is not what was written.
+        """
+        where, kept = self.workdir / CONSTANTS, self._constants_kept()
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                out = reader.restore(where, abstract)
+        except Exception as e:
+            raise Damaged(f'{where} cannot be read ({type(e).__name__}: {_first_line(e)})') from e
+        if kept != checksums(out):
+            raise Damaged(f'{where} is damaged: a checksum differs from {where}.json')
+        return out
+
+    def _constants_kept(self) -> dict[str, int] | None:
+        path = self.workdir / f'{CONSTANTS}.json'
+        return read_json(path) if path.exists() else None
+
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that is whole, or None where nothing was ever saved.
 
@@ -151,11 +194,7 @@ class Checkpointer:
           UserError: if it was saved by an earlier version, or paths, shapes or dtypes differ, before anything is read.
           Damaged: if it cannot be read or is not what was saved.
         """
-        if self.about(step).get('format', 1) != FORMAT:
-            raise UserError(
-                f'the checkpoint {self.directory / str(step)} was saved by an earlier version and cannot be resumed; '
-                'choose another --workdir to start again. Evaluations (configs/knn.py, configs/linear.py) can read it'
-            )
+        self.require_current(step)
         out = self._read(_items(abstract), step)
         return TrainState(
             jax.device_put(np.int32(step), abstract.step.sharding),
@@ -163,6 +202,14 @@ class Checkpointer:
             out['opt_state'],
             {entry: out[f'{STATE}{entry}'] for entry in abstract.model_state},
         )
+
+    def require_current(self, step: int) -> None:
+        """Raises UserError where the state of `step` was saved by a version whose states cannot be resumed."""
+        if self.about(step).get('format', 1) != FORMAT:
+            raise UserError(
+                f'the checkpoint {self.directory / str(step)} was saved by an earlier version and cannot be resumed; '
+                'choose another --workdir to start again. Evaluations (configs/knn.py, configs/linear.py) can read it'
+            )
 
     def restore_item(self, abstract: Any, step: int, name: str) -> Any:
         """One item of `step` alone: 'params', or 'model_state.' and an entry. Raises as `restore`."""
@@ -182,8 +229,7 @@ class Checkpointer:
         except UserError:
             raise
         except Exception as e:  # whatever a reader makes of a damaged file
-            first = next(iter(str(e).splitlines()), '')[:300]
-            raise Damaged(f'the checkpoint {where} cannot be read ({type(e).__name__}: {first})') from e
+            raise Damaged(f'the checkpoint {where} cannot be read ({type(e).__name__}: {_first_line(e)})') from e
         if wrong:
             more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
             raise Damaged(f'the checkpoint {where} is damaged: the checksum of {", ".join(wrong[:3])}{more} differs')
@@ -201,8 +247,7 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
         except Exception as e:
-            first = next(iter(str(e).splitlines()), '')[:300]
-            raise Damaged(f'the checkpoint {self.directory / str(step)} cannot be read ({first})') from e
+            raise Damaged(f'the checkpoint {self.directory / str(step)} cannot be read ({_first_line(e)})') from e
 
     def check(self, abstract: Any, step: int, item: str) -> None:
         """Compare the tree of a saved item with `abstract`.
@@ -254,12 +299,15 @@ class Checkpointer:
             yield
         except Exception as e:
             self._manager.reload()
-            first = next(iter(str(e).splitlines()), '')[:300]
             raise UserError(
-                f'a checkpoint could not be saved in {self.directory} ({type(e).__name__}: {first}). '
+                f'a checkpoint could not be saved in {self.directory} ({type(e).__name__}: {_first_line(e)}). '
                 f'Whole there: {", ".join(map(str, self.steps)) or "none"}. Make room or choose another --workdir; the '
                 'same command resumes'
             ) from e
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).splitlines()), '')[:300]
 
 
 class Damaged(UserError):

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mto_jax import methods, optim, parallel, rules, schedules, train_state
+from mto_jax import methods, optim, parallel, schedules, train_state
+from mto_jax.config import check
 from mto_jax.data import order
 from mto_jax.methods import Clock
 from mto_jax.objective import Pretraining
@@ -101,7 +102,7 @@ def prepare(config, num_examples: int) -> Job:
     Raises:
       UserError: for a bad config.
     """
-    rules.check(config)
+    check(config)
     data = config.data
     objective = Pretraining(methods.build(config), tuple(data.mean), tuple(data.std), data.flip)
     per_epoch = order.steps_per_epoch(num_examples, config.batch_size)

@@ -1,9 +1,10 @@
 """Many short trainings in memory, compared: `python -m mto_jax.study --config=configs/study_<name>.py`.
 
 The grid is variants x budgets x seeds of `config.study`. Each run is a pre-training with the main job's method,
-objective and step (`in_memory.py`), probed a few times on the way. Its rows go to `<workdir>/table.csv` once it is
-done; a run that is in the table is not run again, and one that was stopped resumes at its last evaluation. Several
-machines take shares of one grid (`config.study.index` of `config.study.count`); their tables are concatenated.
+objective, step and loop, on arrays that lie on the device, probed a few times on the way. Its rows go to
+`<workdir>/table.csv` once it is done; a run that is in the table is not run again, and one that was stopped resumes at
+its last evaluation. Several machines take shares of one grid (`config.study.index` of `config.study.count`); their
+tables are concatenated.
 `python -m mto_jax.analysis.study_report` makes tables and pictures of such tables.
 """
 
@@ -17,19 +18,23 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, cli, cpu, in_memory, parallel, train_state
+from mto_jax import checkpoint, cli, cpu, job, parallel, train_state
+from mto_jax.config import FIELDS, values
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, frozen
+from mto_jax.training import feed
+from mto_jax.training.loop import Record, Seen, Watch, fit
+from mto_jax.training.start import initialised
+from mto_jax.workdir import hold
 
-FREE_FIELDS = ('seed', 'workdir', 'checkpoint', 'task', 'compare', 'checkpoints', 'log_every', 'log_images', 'mesh')
-FREE_FIELDS += ('hosts', 'allow_cpu', 'report')  # what does not shape a run
 BASELINE = 'baseline'  # the variant that others are compared with
 COLUMNS = (
     'config',  # fingerprint of everything that shaped the run
@@ -83,6 +88,8 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     study = config.study
     if BASELINE not in study.variants or not study.seeds:
         raise UserError(f'study.variants must name one {BASELINE!r}, and study.seeds at least one')
+    if config.resume_from:
+        raise UserError('resume_from is set; a study resumes its own runs only (--workdir), and init_from starts them')
     if not 0 <= study.index < study.count:
         raise UserError(f'study.index is {study.index}; it must be from 0 to study.count - 1 ({study.count - 1})')
     cpu.keep_memory()
@@ -92,8 +99,8 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     jobs = list(grid(config))
     for setup in {fingerprint(s): s for *_, s in jobs}.values():
         # A bad variant stops here, not hours later.
-        training = in_memory.prepare(setup, train[0])
-        features.encoder(training.job.objective.method, setup)
+        feed.require_whole(setup, train[0])
+        features.encoder(job.prepare(setup, len(train[0])).objective.method, setup)
         if setup.finetune.epochs:
             finetune.steps(setup.finetune, len(train[0]))
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
@@ -111,7 +118,8 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
             continue
         place = workdir / 'runs' / f'{mark}_{missing[0]}'
         from_zero = variant == BASELINE and budget == jobs[-1][1]
-        rows = _train(setup, missing, train, test, place, from_zero)
+        with hold(place):
+            rows = _train(setup, missing, train, test, place, from_zero)
         about = {'config': mark, 'method': setup.method, 'variant': variant, 'budget': budget}
         append(table, [about | r for r in rows])
         shutil.rmtree(place)
@@ -121,55 +129,106 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
 def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dict]:
     """Rows of one run: every seed at every evaluation, the untrained network included where `from_zero`.
 
-    Resumes what `place` holds: `rows.json` is written after the checkpoints of its last rows.
+    Resumes what `place` holds.
     """
-    training = in_memory.prepare(config, train[0])
-    objective = training.job.objective
-    evaluate = _evaluator(training.job, config, train, test)
-    notes = place / 'rows.json'
-    rows = json.loads(notes.read_text()) if notes.exists() else []
-    start = rows[-1]['step'] if rows else 0
-    for path in place.glob('seed*/checkpoints/*'):
-        if not start or (path.name.isdigit() and int(path.name) > start):
-            shutil.rmtree(path)  # saved, but its rows are not
-    states = [training.create(s) for s in seeds]
-    savers = [checkpoint.Checkpointer(place / f'seed{s}', keep=2, entries=states[0].model_state) for s in seeds]
-    if start:
-        abstract = checkpoint.abstract_like(states[0], parallel.replicated(parallel.make_mesh(1)))
-        states = [s.restore(abstract, start) for s in savers]
-    elif from_zero:
-        rows = [{'seed': s, 'step': 0} | evaluate(x, False) for s, x in zip(seeds, states, strict=True)]
-    begin = in_memory.stack(states)
+    training = job.prepare(config, len(train[0]))
+    total, count = training.total, config.study.evaluations
+    create = jax.jit(training.create)
+    fresh = [create(s) for s in seeds]
+    rows = Rows(place, seeds, [round(total * (i + 1) / count) for i in range(count)], total, config, fresh[0])
+    if rows.start:
+        abstract = checkpoint.abstract_like(fresh[0], parallel.replicated(parallel.make_mesh(1)))
+        fresh = [s.restore(abstract, rows.start) for s in rows.savers]
+    elif config.init_from:
+        fresh = [initialised(config.init_from, s) for s in fresh]
 
-    total, count = training.job.total, config.study.evaluations
-    stops = [round(total * (i + 1) / count) for i in range(count)]
-    begun = time.perf_counter()
-    for step, states, terms in training.train(begin, seeds, start, [s for s in stops if s > start]):
-        jax.block_until_ready(states)
-        seconds, last = (time.perf_counter() - begun) / (step - start), step == total
-        fresh = []
-        for i, s in enumerate(seeds):
-            fresh.append({'seed': s, 'step': step, 'step_seconds': seconds})
-            fresh[i] |= evaluate(in_memory.take(states, i), last)
-            savers[i].save(in_memory.take(states, i), config.to_dict(), step, {})
-        if last and config.finetune.epochs:
-            tuned = finetune.accuracies(objective.method, states.params, seeds, train, test, config)
-            fresh = [r | {'finetune': t} for r, t in zip(fresh, tuned, strict=True)]
-        rows += fresh
-        for s in savers:
-            s.wait()
-        notes.write_text(json.dumps(rows))
-        shown = ' '.join(f'{k} {v.mean():.4g}' for k, v in terms.items() if k not in ('param_norm', 'learning_rate'))
+    evaluate = _evaluator(training, config, train, test)
+
+    def probe(step, states):
+        each = [evaluate(feed.take(states, i), step == total) for i in range(len(seeds))]
+        return Seen({name: [e[name] for e in each] for name in each[0]})
+
+    def tune(step, states):
+        method = training.objective.method
+        return Seen({'finetune': finetune.accuracies(method, states.params, seeds, train, test, config)})
+
+    watches = [Watch(probe, rows.saves, at_start=from_zero)]
+    if config.finetune.epochs:
+        watches.append(Watch(tune))
+    positions = partial(order.batch_positions, len(train[0]), config.batch_size)
+    resident = feed.Resident(training, {'image': train[0]}, seeds, positions)
+    with contextlib.closing(rows):
+        fit(resident, feed.stack(fresh), rows.start, total, watches, rows)
+    return [r | {'epoch': r['step'] / total * config.epochs} for r in rows.found]
+
+
+class Rows(Record):
+    """The record of one run of a study: a row of each seed at each evaluation, and a checkpoint of each seed.
+
+    `rows.json` is written after the checkpoints of its last rows; what was saved without its rows is deleted.
+
+    Args:
+      place: the run's folder.
+      seeds: trained side by side.
+      stops: steps of the evaluations.
+      total: steps.
+      config: of the run.
+      state: of one seed, for its entries.
+
+    Attributes:
+      start: the step to go on from.
+      savers: of the seeds.
+    """
+
+    def __init__(self, place: Path, seeds: Sequence[int], stops: Sequence[int], total: int, config, state):
+        self.logs = self.saves = stops
+        self._seeds, self._total, self._config, self._notes = seeds, total, config, place / 'rows.json'
+        kept = json.loads(self._notes.read_text()) if self._notes.exists() else []
+        self._rows = {(r['step'], r['seed']): r for r in kept}
+        self.start = max((step for step, _ in self._rows), default=0)
+        for path in place.glob('seed*/checkpoints/*'):
+            if not self.start or (path.name.isdigit() and int(path.name) > self.start):
+                shutil.rmtree(path)
+        self.savers = [checkpoint.Checkpointer(place / f'seed{s}', keep=2, entries=state.model_state) for s in seeds]
+
+    @property
+    def found(self) -> list[dict]:
+        """All rows, in the order of their steps."""
+        return list(self._rows.values())
+
+    def interval(self, step, meter, waited):
+        meter = jax.device_get(meter)  # waits for the steps
+        seconds = (time.perf_counter() - self._begun) / (step - self._from)
+        shown = {n: (v / meter.count).mean() for n, v in meter.sums.items() if n not in ('param_norm', 'learning_rate')}
+        self._line = f'{" ".join(f"{k} {v:.4g}" for k, v in shown.items())} | {seconds:.3f} s a step, '
+        self._line += f'ETA {seconds * (self._total - step):.0f} s'
+        self._add(step, {'step_seconds': [seconds] * len(self._seeds)})
+
+    def see(self, step, seen):
+        self._add(step, seen.scalars)
+
+    def save(self, state, score):
+        step = int(state.step[0])
+        for i, saver in enumerate(self.savers):
+            saver.save(feed.take(state, i), self._config.to_dict(), None, {})
+        for saver in self.savers:
+            saver.wait()
+        self._notes.write_text(json.dumps(self.found))
+        fresh = [self._rows[step, s] for s in self._seeds]
         probes = ' '.join(f'{k} {np.mean([r[k] for r in fresh]):.4f}' for k in ('linear', 'knn'))
-        print(
-            f'  step {step}/{total} | {probes} | {shown} | {seconds:.3f} s a step, '
-            f'ETA {seconds * (total - step):.0f} s',
-            flush=True,
-        )
-        start, begun = step, time.perf_counter()
-    for s in savers:
-        s.close()
-    return [r | {'epoch': r['step'] / total * config.epochs} for r in rows]
+        print(f'  step {step}/{self._total} | {probes} | {self._line}', flush=True)
+
+    def restart(self, step):
+        self._from, self._begun = step, time.perf_counter()
+
+    def close(self):
+        for saver in self.savers:
+            saver.close()
+
+    def _add(self, step, values):
+        for i, seed in enumerate(self._seeds):
+            row = self._rows.setdefault((step, seed), {'seed': seed, 'step': step})
+            row.update({name: each[i] for name, each in values.items()})
 
 
 def _evaluator(training, config, train, test):
@@ -185,7 +244,7 @@ def _evaluator(training, config, train, test):
             batches = memory.batches(*examples, config.eval.batch_size)
             arrays += features.extract(encode, features.weights(state, config.eval), batches, mesh)
         if not all(features.usable(x).all() for x in arrays[::2]):
-            return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan'))
+            return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan')) | {'het': None}
         found = frozen.accuracies(arrays, config.eval, config.data.num_classes)
         seen = jax.device_get(diagnose(state, shown, key))
         return {
@@ -200,12 +259,12 @@ def _evaluator(training, config, train, test):
 
 def fingerprint(config: ConfigDict) -> str:
     """Eight characters that differ where two runs would: of the config without seed, names and grid."""
-    fields = config.to_dict()
-    for name in FREE_FIELDS:
-        fields.pop(name)
-    fields['study'] = {k: fields['study'][k] for k in ('evaluations', 'split')}
-    fields['data']['data_dir'] = ''
-    del fields['data']['on_error']  # images in memory are decoded
+    own = ('study.evaluations', 'study.split')
+    fields = {
+        name: value
+        for name, value in values(config)
+        if name != 'seed' and (FIELDS[name].shapes_run or name.startswith(('eval.', 'finetune.')) or name in own)
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import compare, hosts, rules, trainer
+from mto_jax import compare, hosts, trainer
 from mto_jax.analysis import report
+from mto_jax.config import check as check_fields
 from mto_jax.data import check
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
@@ -33,7 +34,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
     """
     if config.task not in TASKS:
         raise UserError(f'task is {config.task!r}; it must be one of {", ".join(TASKS)}')
-    rules.check(config, partial=config.task in PARTIAL)
+    check_fields(config, partial=config.task in PARTIAL)
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     hosts.start(config.hosts)

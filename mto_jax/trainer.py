@@ -1,7 +1,7 @@
-"""Pre-training from a config: set-up, and the one loop.
+"""`config.task='pretrain'`: what is checked, set up and watched around `training.loop.fit`.
 
-Resuming: the newest checkpoint of the workdir is used if there is one, else the state is initialised. Batches and
-random streams depend on the step alone, so that a resumed run continues as if it had never stopped.
+Where it starts: training/start.py. Batches and random streams depend on the step alone, so that a resumed run continues
+as if it had never stopped.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ from mto_jax.analysis import plots, report
 from mto_jax.data import pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
-from mto_jax.metrics import Log, Progress, describe_params, read_history, say
-from mto_jax.train_state import Meter, TrainState
+from mto_jax.metrics import describe_params, read_history, say
+from mto_jax.train_state import TrainState
+from mto_jax.training.feed import Streamed
+from mto_jax.training.loop import Seen, Watch, every, fit
+from mto_jax.training.record import RESUME, Workdir
+from mto_jax.training.start import begin
 from mto_jax.workdir import hold, record, require_same
-
-# What a changed field that matters needs where there is something to resume.
-RESUME = 'where there is a checkpoint, add --config.resume_anyway=True'
 
 
 def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -45,6 +46,8 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         preemption.watch() as told_to_end,
     ):
         if saver.steps and not config.resume_anyway:
+            with contextlib.suppress(checkpoint.Damaged):  # looked at when it is restored
+                saver.require_current(saver.latest())
             with hosts.together():
                 require_same(workdir, config.to_dict())
         with _memory_explained():
@@ -72,11 +75,9 @@ def check(config: ConfigDict) -> tuple[Mesh, sources.Source, sources.Source, job
 def _train(config, workdir, training, mesh, source, watched, saver, about, told_to_end) -> TrainState:
     """The run itself, once everything that can be wrong at the start has been looked at."""
     seed, total, per_epoch = config.seed, training.total, training.per_epoch
-    method, constants = training.objective.method, training.objective.constants
-    create, sharding = partial(training.create, seed), training.sharding(mesh)
-    state = saver.restore_newest(checkpoint.abstract_like(jax.eval_shape(create), sharding))
-    if state is None:
-        state = jax.jit(create, out_shardings=sharding)()
+    method = training.objective.method
+    saver.keep_constants(training.objective.constants)
+    state = begin(config, partial(training.create, seed), training.sharding(mesh), saver)
     start = int(state.step)
     # Only now: a config that the checkpoint does not fit must not replace the one that it does.
     with hosts.together():
@@ -88,76 +89,19 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         f'{config.epochs:g} epochs = {total} steps on {mesh.size} {jax.devices()[0].platform} device(s)'
         + (f', resuming at step {start}' if start else '')
     )
-    for line in _changed(saver.about(start), about) if start else ():
+    for line in _changed(saver.about(start), about) if start in saver.steps else ():
         say(line)
 
-    step_fn = training.step(mesh)
-    count = min(64, watched.num_examples)
-    # A folder's first images are all of one class. A sequential format would be read to its end for a random subset.
-    limit = count if watched.random_access else 0
-    fixed = next(pipeline.eval_batches(watched, config.data, count, limit))['image']
-    encode = features.encoder(method, config)
-    diagnose = jax.jit(training.diagnose, out_shardings=parallel.replicated(mesh))
-    log = Log(workdir, start)
-    key, diagnose_key = (train_state.stream(seed, name) for name in ('train', 'diagnose'))
-    eval_every = schedules.to_steps(config.eval.every_epochs, per_epoch)
     part = parallel.local_part(config.batch_size, mesh)
-    batches = pipeline.Prefetch(
-        (
-            {'image': b['image']}
-            for b in pipeline.train_batches(source, config.data, config.batch_size, seed, start, total, part)
-        ),
-        partial(parallel.put_batch, mesh=mesh),
+    images = (
+        {'image': b['image']}
+        for b in pipeline.train_batches(source, config.data, config.batch_size, seed, start, total, part)
     )
-
-    def see(step):
-        seen = jax.device_get(diagnose(state, fixed, diagnose_key))
-        rows = {f'block/{n}/{i}': v for n, values in seen['blocks'].items() for i, v in enumerate(values)}
-        log.scalars(step, rows | seen['scalars'])
-        shown = {n: v[: config.log_images] for n, v in seen['images'].items()}
-        log.images(step, {n: plots.as_rgb(v) for n, v in shown.items()})
-        if hosts.is_first():
-            plots.pictures(workdir / 'reconstructions.png', shown, config.log_images)
-
-    reporter = _Reporter(log, Progress(start, total, config.batch_size, per_epoch), saver, training.names, config)
-    meter = reporter.new_meter()
-    try:
-        if not start and config.diagnose_every:
-            see(0)
-        for step in range(start + 1, total + 1):
-            state, meter = step_fn(state, meter, constants, next(batches), key)
-            last, ending = step == total, told_to_end(step)
-            due_look, due_eval, due_save = (
-                bool(every) and (last or step % every == 0)
-                for every in (config.diagnose_every, eval_every, config.checkpoints.every)
-            )
-            due_save |= last or due_eval  # a state that was evaluated may be the best
-            if last or ending or step % config.log_every == 0:
-                meter = reporter.interval(step, meter, batches.reset())
-                saver.poll()
-            if not (due_look or due_eval or due_save or ending):
-                continue
-            reporter.require_finite(meter)
-            score = None
-            if due_look and not ending:
-                see(step)
-            if due_eval and not ending:
-                weights = features.weights(state, config.eval)
-                found = probes.probe(encode, weights, config, mesh, config.data.val_split, ('knn',))
-                log.scalars(step, {f'val_{k}': v for k, v in found.items()})
-                say(f'step {step} validation: ' + ', '.join(f'{k} {v:.4f}' for k, v in found.items()))
-                score = found[f'knn_{config.eval.knn_k[-1]}']
-            if due_save or ending:
-                log.flush()
-                saver.save(state, config.to_dict(), score, about)
-            if ending and not last:
-                saver.wait()
-                say(f'told to end: saved at step {step}; the same command resumes there')
-                raise preemption.Preempted
-            reporter.progress.restart(step)
-        saver.wait()
-    finally:
-        log.close()
+    batches = pipeline.Prefetch(images, partial(parallel.put_batch, mesh=mesh))
+    feed = Streamed(training, mesh, batches, train_state.stream(seed, 'train'))
+    watches = _watches(config, workdir, training, mesh, watched)
+    with contextlib.closing(Workdir(workdir, start, training, saver, config, about)) as kept:
+        state = fit(feed, state, start, total, watches, kept, told_to_end)
     if hosts.is_first():
         history = read_history(workdir)
         plots.curves(workdir / 'curves.png', {workdir.name: history})
@@ -165,6 +109,39 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         report.finish(workdir, [workdir])
     say(f'pictures and metrics: {workdir}, checkpoint: {saver.directory / str(total)}')
     return state
+
+
+def _watches(config, workdir, training, mesh, watched) -> list[Watch]:
+    """What is looked at on the way: the diagnosis with its pictures, and kNN on the validation split."""
+    total, eval_steps = training.total, schedules.to_steps(config.eval.every_epochs, training.per_epoch)
+    count = min(64, watched.num_examples)
+    # A folder's first images are all of one class. A sequential format would be read to its end for a random subset.
+    limit = count if watched.random_access else 0
+    fixed = next(pipeline.eval_batches(watched, config.data, count, limit))['image']
+    encode = features.encoder(training.objective.method, config)
+    diagnosis = jax.jit(training.diagnose, out_shardings=parallel.replicated(mesh))
+    key = train_state.stream(config.seed, 'diagnose')
+
+    def diagnose(step, state):
+        seen = jax.device_get(diagnosis(state, fixed, key))
+        rows = {f'block/{n}/{i}': v for n, values in seen['blocks'].items() for i, v in enumerate(values)}
+        images = {n: plots.as_rgb(v[: config.log_images]) for n, v in seen['images'].items()}
+        if hosts.is_first():
+            plots.pictures(workdir / 'reconstructions.png', images, config.log_images)
+        return Seen(rows | seen['scalars'], images)
+
+    def knn(step, state):
+        weights = features.weights(state, config.eval)
+        found = probes.probe(encode, weights, config, mesh, config.data.val_split, ('knn',))
+        say(f'step {step} validation: ' + ', '.join(f'{k} {v:.4f}' for k, v in found.items()))
+        return Seen({f'val_{k}': v for k, v in found.items()}, score=found[f'knn_{config.eval.knn_k[-1]}'])
+
+    watches = []
+    if config.diagnose_every:
+        watches.append(Watch(diagnose, every(config.diagnose_every, total), at_start=True))
+    if eval_steps:
+        watches.append(Watch(knn, every(eval_steps, total)))
+    return watches
 
 
 @contextlib.contextmanager
@@ -213,56 +190,3 @@ def _changed(before, now) -> list[str]:
     if before.get('order') != now['order']:
         lines.append('  from here on the examples come in another order than they would have')
     return lines
-
-
-class _Reporter:
-    """Reads the meter of an interval when the next one ends, so that the device never waits for the log."""
-
-    def __init__(self, log: Log, progress: Progress, saver: checkpoint.Checkpointer, names, config):
-        self.progress, self._config = progress, config
-        self._log, self._saver, self._names, self._pending = log, saver, names, None
-
-    def new_meter(self) -> Meter:
-        return Meter.empty(self._names)
-
-    def interval(self, step: int, meter: Meter, waited: float) -> Meter:
-        """Keep the meter of the interval that ends at `step` for later, and report the one before it."""
-        self._flush()
-        self._pending = step, meter, waited
-        return self.new_meter()
-
-    def require_finite(self, meter: Meter) -> None:
-        """Report what is pending and wait for `meter`: raises UserError if anything up to now was not finite."""
-        self._flush()
-        self._check(jax.device_get(meter))
-
-    def _flush(self) -> None:
-        if self._pending is None:
-            return
-        (step, meter, waited), self._pending = self._pending, None
-        meter = jax.device_get(meter)
-        self._check(meter)
-        values = {n: float(total / meter.count) for n, total in meter.sums.items()}
-        # Measured now that the device has finished the interval, not when the host had handed it over.
-        values |= self.progress.measure(step, waited)
-        self._log.scalars(step, values)
-        say(self.progress.line(step, values))
-
-    def _check(self, meter: Meter) -> None:
-        bad = {n: int(s) for n, s in meter.first_bad.items() if s >= 0}
-        if not bad:
-            return
-        step = min(bad.values())
-        self._saver.wait()
-        good, config = self._saver.latest(), self._config
-        cures = [f'--config.optim.base_lr={config.optim.base_lr / 2:g}']
-        if not 0 < config.optim.clip_norm <= 1:
-            cures.insert(0, '--config.optim.clip_norm=1')
-        if config.model.dtype != 'float32':
-            cures.append('--config.model.dtype=float32')
-        raise UserError(
-            f'not finite at step {step}: {", ".join(n for n, s in bad.items() if s == step)}. No state from there on '
-            f'was saved; the last good checkpoint is '
-            + (f'{self._saver.directory / str(good)}' if good is not None else 'none')
-            + f'. Start again with {" or ".join(cures)}; {RESUME}'
-        )

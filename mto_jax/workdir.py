@@ -12,30 +12,12 @@ from typing import Any
 
 from etils import epath
 
+from mto_jax.config import FIELDS, field_of
 from mto_jax.errors import UserError
 from mto_jax.hosts import flatten
 
 BEAT = 15.0  # seconds between two signs of life of the job that holds a workdir
 STALE = 60.0  # seconds without one after which it counts as dead
-
-# Fields that change what is shown or kept, not what is computed.
-FREE_FIELDS = (
-    'log_',
-    'diagnose_every',
-    'checkpoints.',
-    'eval.',
-    'compare.',
-    'report.',
-    'finetune.',
-    'study.',
-    'hosts.',
-    'mesh.',
-    'workdir',
-    'resume_anyway',
-    'allow_cpu',
-    'task',
-)
-FREE_FIELDS += ('checkpoint', 'data.data_dir', 'data.threads', 'data.on_error', 'data.val_split', 'data.test_split')
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
@@ -77,7 +59,7 @@ def require_same(workdir: epath.Path, config: Mapping[str, Any]) -> None:
     if changed:
         raise UserError(
             f'{workdir} holds a run with another config:\n'
-            + '\n'.join(f'  {k}: {a!r} there, {b!r} now' for k, (a, b) in changed.items())
+            + listed(changed)
             + '\nChoose another --workdir, or resume with the new values: --config.resume_anyway=True'
         )
 
@@ -103,14 +85,24 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:
-    """Fields that differ between two configs, {dotted name: (old, new)}, without those that do not matter."""
-    a, b = flatten(old), flatten(new)
-    return {
-        name: (a.get(name), b.get(name))
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-        and not any(name == f or (f[-1] in '._' and name.startswith(f)) for f in FREE_FIELDS)
-    }
+    """Fields that shape a run and differ between two configs, {dotted name: (old, new)}.
+
+    A field that one of them is too old to have counts as its default.
+    """
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    a, b = ({**defaults, **flatten(c)} for c in (old, new))
+    out = {}
+    for name in sorted(a.keys() | b.keys()):
+        there, now = (list(v) if isinstance(v := c.get(name), tuple) else v for c in (a, b))
+        known = field_of(name)
+        if there != now and (known is None or known.shapes_run):
+            out[name] = there, now
+    return out
+
+
+def listed(changed: Mapping[str, tuple]) -> str:
+    """`differences`, a line each."""
+    return '\n'.join(f'  {k}: {a!r} there, {b!r} now' for k, (a, b) in changed.items())
 
 
 class _Lock:

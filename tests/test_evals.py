@@ -15,10 +15,11 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import base
-from mto_jax import checkpoint, in_memory, methods, optim, tasks, trainer
+from mto_jax import checkpoint, methods, optim, tasks, trainer
 from mto_jax.data import memory
 from mto_jax.errors import UserError
 from mto_jax.evals import features, finetune, knn, linear, probes
+from mto_jax.training import feed
 from tests.conftest import shrink
 
 
@@ -192,9 +193,9 @@ def test_finetune_learns_from_few_labels(config):
     train, test = memory.load(config.data, 'train[:600]'), memory.load(config.data, 'test[:200]')
     method = methods.build(config)
     params = [method.init(jax.random.key(s))[0] for s in (1, 2)]
-    both = finetune.accuracies(method, in_memory.stack(params), (1, 2), train, test, config)
+    both = finetune.accuracies(method, feed.stack(params), (1, 2), train, test, config)
     assert min(both) > 0.4
-    alone = finetune.accuracies(method, in_memory.stack(params[1:]), (2,), train, test, config)
+    alone = finetune.accuracies(method, feed.stack(params[1:]), (2,), train, test, config)
     assert alone[0] == pytest.approx(both[1], abs=0.02)
     assert len(finetune.subset(600, 0.1, 3)) == 60
     assert (finetune.subset(600, 0.1, 3) != finetune.subset(600, 0.1, 4)).any()

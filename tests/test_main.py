@@ -83,9 +83,10 @@ for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'orbax',
     sys.modules[name] = None
 import jax, numpy as np, optax
 from configs import quickstart
-from mto_jax import in_memory, job, losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
+from mto_jax import job, losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
 from mto_jax.evals import finetune, frozen, knn, linear
 from mto_jax.data import augment, memory, order
+from mto_jax.training import feed, loop
 c = quickstart.get_config()
 training = job.prepare(c, 1000)
 batch = {'image': np.zeros((c.batch_size, 28, 28, 1), np.uint8)}

@@ -1,6 +1,8 @@
 """Training in memory, the measures of speed on hand-worked curves, and a study from its grid to its report."""
 
+import json
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -8,10 +10,12 @@ import pytest
 from etils import epath
 
 from configs import study_mae, study_simmim
-from mto_jax import in_memory, job, methods, study, trainer
+from mto_jax import job, methods, study, trainer
 from mto_jax.analysis import speed, study_report
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
+from mto_jax.training import feed
+from mto_jax.training.loop import Record, fit
 
 INF = float('inf')
 
@@ -24,13 +28,20 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
     config.mto.enabled, config.mto.recalibration, config.mto.w_e = True, 'ramp', 0.1
     config.epochs, config.optim.base_lr, config.diagnose_every = 3.0, 0.01, 0
     images, _ = memory.load(config.data, config.data.train_split)
-    run = in_memory.prepare(config, images)
-    begin = in_memory.stack([run.create(s) for s in (4, 5)])
-    steps = run.train(begin, (4, 5), 0, (5, run.job.total))
-    assert next(steps)[0] == 5
-    step, states, terms = next(steps)
-    assert step == run.job.total == 9
-    assert all(np.isfinite(v).all() and v.shape == (2,) for v in terms.values())
+    training = job.prepare(config, len(images))
+    create = jax.jit(training.create)
+    positions = partial(order.batch_positions, len(images), config.batch_size)
+    resident = feed.Resident(training, {'image': images}, (4, 5), positions)
+
+    class Terms(Record):
+        logs, steps = (5,), []
+
+        def interval(self, step, meter, waited):
+            self.steps.append(step)
+            assert all(np.isfinite(v).all() and v.shape == (2,) for v in meter.sums.values())
+
+    states = fit(resident, feed.stack([create(s) for s in (4, 5)]), 0, training.total, record=Terms())
+    assert Terms.steps == [5, training.total] == [5, 9]
     for i, seed in enumerate((4, 5)):
         config.seed = seed
         state = trainer.pretrain(config, tmp_path / str(seed))
@@ -40,14 +51,14 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
             if path[-1].key != 'k_bias':
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6, err_msg=str(path))
 
-        mine = in_memory.take(states, i)
+        mine = feed.take(states, i)
         jax.tree_util.tree_map_with_path(compare, mine.params, state.params)
         jax.tree_util.tree_map_with_path(compare, mine.model_state, state.model_state)
 
 
 def test_in_memory_refuses_crops(config):
     with pytest.raises(UserError, match=r'data\.crop'):
-        in_memory.prepare(config, np.zeros((40, 28, 28, 1), np.uint8))
+        feed.require_whole(config, np.zeros((40, 28, 28, 1), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -299,18 +310,23 @@ def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
     two_runs.study.variants = {'baseline': {}}
     whole = study.read(study.run(two_runs, tmp_path / 'whole'))
 
-    real, calls = study.finetune.accuracies, []
+    real, calls = study.checkpoint.Checkpointer.wait, []
 
-    def killed(*args):
-        calls.append(args)
-        raise KeyboardInterrupt
+    def killed(self):
+        calls.append(self)
+        if len(calls) == 3:  # a checkpoint of each of two seeds, twice
+            raise KeyboardInterrupt
+        real(self)
 
-    monkeypatch.setattr(study.finetune, 'accuracies', killed)
+    monkeypatch.setattr(study.checkpoint.Checkpointer, 'wait', killed)
     with pytest.raises(KeyboardInterrupt):
         study.run(two_runs, tmp_path / 'part')
-    assert calls
     assert not (tmp_path / 'part' / 'table.csv').exists()
-    monkeypatch.setattr(study.finetune, 'accuracies', real)
+    steps = {int(p.name) for p in (tmp_path / 'part').glob('runs/*/seed*/checkpoints/*')}
+    (rows,) = (tmp_path / 'part').glob('runs/*/rows.json')
+    assert len(steps) == 2
+    assert {r['step'] for r in json.loads(rows.read_text())} == {0, min(steps)}
+    monkeypatch.setattr(study.checkpoint.Checkpointer, 'wait', real)
     resumed = study.read(study.run(two_runs, tmp_path / 'part'))
     for row in (*whole, *resumed):
         row.pop('step_seconds')

@@ -1,4 +1,4 @@
-"""Small data sets as whole arrays: for training that never leaves the device (`in_memory.py`)."""
+"""Small data sets as whole arrays: for training that never leaves the device."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

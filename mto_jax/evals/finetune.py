@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mto_jax import in_memory, job, parallel, schedules, train_state
+from mto_jax import job, parallel, schedules, train_state
 from mto_jax.data import augment, memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features
 from mto_jax.methods import Method
-from mto_jax.train_state import Meter
+from mto_jax.training import feed
+from mto_jax.training.loop import fit
 
 
 def subset(num_examples: int, share: float, seed: int) -> np.ndarray:
@@ -114,20 +115,17 @@ def accuracies(
         head = objective.init(train_state.stream(seed, 'head'))[0]['head']
         return train_state.begin({'encoder': encoder, 'head': head}, {}, training.tx)
 
-    states = in_memory.stack([begin(in_memory.take(params['encoder'], i), s) for i, s in enumerate(seeds)])
-    positions = []
-    for s in seeds:
-        chosen = subset(len(train[0]), c.label_share, s)
-        positions.append([chosen[b] for b in order.batch_positions(count, batch_size, s, 0, total)])
-    keys = jnp.stack([train_state.stream(s, 'finetune') for s in seeds])
-    arrays = {'image': jnp.asarray(train[0]), 'label': jnp.asarray(train[1])}
-    meters = in_memory.stack([Meter.empty(training.names) for _ in seeds])
-    run = in_memory.make_steps(training.train_step)
-    states, _ = run(states, meters, objective.constants, arrays, np.array(positions, np.int32), keys)
+    def positions(seed, start, stop):
+        chosen = subset(len(train[0]), c.label_share, seed)
+        return (chosen[b] for b in order.batch_positions(count, batch_size, seed, start, stop))
+
+    states = feed.stack([begin(feed.take(params['encoder'], i), s) for i, s in enumerate(seeds)])
+    resident = feed.Resident(training, {'image': train[0], 'label': train[1]}, seeds, positions, 'finetune')
+    states = fit(resident, states, 0, total)
 
     mesh, guess, out = parallel.make_mesh(1), jax.jit(objective.logits), []
     for i in range(len(seeds)):
         batches = memory.batches(*test, config.eval.batch_size)
-        logits, labels = features.extract(guess, in_memory.take(states.params, i), batches, mesh)
+        logits, labels = features.extract(guess, feed.take(states.params, i), batches, mesh)
         out.append(float((logits.argmax(1) == labels).mean()))
     return out

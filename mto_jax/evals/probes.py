@@ -9,7 +9,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, hosts, methods, parallel, rules
+from mto_jax import checkpoint, hosts, methods, parallel
+from mto_jax.config import FIELDS
+from mto_jax.config import check as check_config
 from mto_jax.data import order, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen
@@ -51,8 +53,8 @@ def eval_part(batch_size: int, mesh) -> order.Part:
 def merged(saved: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
     """The config of a checkpoint, `saved`, with what an evaluation's `config` sets.
 
-    A field is set where it is not None. `rules.EVALUATION` and `rules.REPLACEABLE` are taken over; any other must have
-    the checkpoint's own value.
+    A field is set where it is not None. Those that `config.FIELDS` lets an evaluation have or replace are taken over;
+    any other must have the checkpoint's own value.
 
     Raises:
       UserError: naming the fields that an evaluation cannot set.
@@ -60,17 +62,16 @@ def merged(saved: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
     there = hosts.flatten(saved)
     given = hosts.flatten(json.loads(json.dumps(config.to_dict())))
     given = {name: value for name, value in given.items() if value is not None}
-    free = {n for n in given if rules.is_among(n, rules.EVALUATION + rules.REPLACEABLE)}
+    free = {n for n in given if n in FIELDS and (FIELDS[n].own or FIELDS[n].replaces)}
     refused = [n for n in sorted(given) if n not in free and (n not in there or given[n] != there[n])]
     if refused:
         shown = ', '.join(f'{n} (given {given[n]!r}, there {there.get(n)!r})' for n in refused[:5])
         more = f' and {len(refused) - 5} more' if len(refused) > 5 else ''
-        own, replaceable = (
-            ', '.join(f + '*' * (f[-1] == '.') for f in g) for g in (rules.EVALUATION, rules.REPLACEABLE)
-        )
+        own = dict.fromkeys(n.split('.')[0] + '.*' * ('.' in n) for n, f in FIELDS.items() if f.own)
+        settable = ', '.join([*own, *(n for n, f in FIELDS.items() if f.replaces)])
         raise UserError(
             f'an evaluation takes from the checkpoint, and cannot set: {shown}{more}. Start from configs/knn.py or '
-            f'configs/linear.py and leave them out; what can be set is {own}, {replaceable}'
+            f'configs/linear.py and leave them out; what can be set is {settable}'
         )
     out = ConfigDict(saved)
     for name in free:
@@ -85,7 +86,7 @@ def recorded(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: as `merged`, or if there is no checkpoint.
     """
-    rules.check(config, partial=True)
+    check_config(config, partial=True)
     *_, found = checkpoint.read(config.checkpoint, lambda reader, step: merged(reader.config(step), config))
     return found
 

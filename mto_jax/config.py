@@ -1,0 +1,304 @@
+"""The schema: every config field with its default, what it may be, and what it does to a run.
+
+A field that is not here is an error, on the command line too. Empty strings and zeros mean "chosen for you" where the
+comment says so. What fields must be to each other (heads that divide a width, a batch that splits over a mesh) is
+checked where they meet. Types are ml_collections' business.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from mto_jax.errors import UserError
+
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and in words what is
+
+
+def at_least(low: float) -> Rule:
+    return lambda v: v >= low, f'at least {low:g}'
+
+
+def above(low: float) -> Rule:
+    return lambda v: v > low, f'above {low:g}'
+
+
+def within(low: float, high: float) -> Rule:
+    """From low on, below high."""
+    return lambda v: low <= v < high, f'in [{low:g}, {high:g})'
+
+
+def one_of(*values) -> Rule:
+    return lambda v: v in values, 'one of ' + ', '.join(repr(v) for v in values)
+
+
+def each(rule: Rule, count: int = 0) -> Rule:
+    """A sequence whose members follow a rule; `count` of them, or any number but none."""
+    ok, words = rule
+    return (
+        lambda v: (len(v) == count if count else len(v) > 0) and all(map(ok, v)),
+        f'{count or "one or more"} numbers, each {words}',
+    )
+
+
+def ascending(rule: Rule) -> Rule:
+    ok, words = each(rule, 2)
+    return lambda v: ok(v) and v[0] <= v[1], f'{words}, the smaller first'
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One config field.
+
+    Attributes:
+      default: also says the type.
+      rule: what a value must be.
+      shapes_run: a run that resumes must keep the value, for the weights depend on it.
+      own: an evaluation of a checkpoint has its own value.
+      replaces: an evaluation may replace the checkpoint's: where the data lie and how they are read, and the attention
+        kernel, which may not exist on the device that evaluates.
+    """
+
+    default: Any
+    rule: Rule | None
+    shapes_run: bool
+    own: bool = False
+    replaces: bool = False
+
+
+def shapes(default, rule=None, **more) -> Field:
+    """A field that shapes a run."""
+    return Field(default, rule, True, **more)
+
+
+def shows(default, rule=None, **more) -> Field:
+    """A field that changes what is shown or kept, not what is computed."""
+    return Field(default, rule, False, **more)
+
+
+PORTION = (lambda v: 0 < v <= 1, 'in (0, 1]')
+
+
+def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
+    """An optimizer's fields."""
+    fields = {
+        'base_lr': kind(1.5e-4, at_least(0)),  # per lr_reference images: lr = base_lr * batch_size / lr_reference
+        'lr_reference': kind(256, at_least(1)),
+        'b1': kind(0.9, within(0, 1)),
+        'b2': kind(0.95, within(0, 1)),
+        'eps': kind(1e-8, above(0)),
+        'weight_decay': kind(0.05, at_least(0)),
+        'decay_cls_token': kind(True),  # weight decay acts on the class token, as in the official MAE
+        'decay_mask_token': kind(True),  # and on the mask token
+        'clip_norm': kind(0.0, at_least(0)),  # 0: no clipping
+        'schedule': kind('cosine', one_of('cosine', 'multistep')),  # cosine, multistep
+        'warmup_epochs': kind(40.0, at_least(0)),
+        'warmup_lr': kind(0.0, at_least(0)),  # where the warm-up starts, per lr_reference images like base_lr
+        'min_lr': kind(0.0, at_least(0)),
+        'decay_epochs': kind(()),  # multistep: where the rate is multiplied by decay_factor
+        'decay_factor': kind(0.1),
+        # factor of the rate per block, from the head down; 1: none
+        'layer_decay': kind(1.0, PORTION),
+    }
+    return {f'{group}.{name}': field for name, field in fields.items()}
+
+
+FIELDS: dict[str, Field] = {
+    'task': shows('pretrain', own=True),  # pretrain, knn, linear, compare, check, report
+    'method': shapes('mae'),  # mae, simmim, or an importable module with build(config)
+    'seed': shapes(0, at_least(0)),
+    'workdir': shows('', own=True),  # '' for runs/<name of the config>; the same workdir resumes
+    'checkpoint': shows('', own=True),  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
+    # a new workdir goes on from this run's whole state: its workdir, or its checkpoints/<step>
+    'resume_from': shows(''),
+    'init_from': shapes(''),  # a new workdir starts from this run's weights, at step 0: named the same way
+    'resume_anyway': shows(False),  # resume although fields differ from those the run started with
+    # a TFDS name; '' where data_dir is itself a prepared TFDS directory; or 'folder'
+    'data.name': shapes('imagenet2012', replaces=True),
+    'data.data_dir': shows('', replaces=True),  # '' for TFDS' own default
+    'data.train_split': shapes('train', replaces=True),
+    'data.val_split': shows('validation'),  # watched during development
+    'data.test_split': shows('validation', replaces=True),  # reported by task=knn and task=linear
+    'data.image_size': shapes((224, 224), each(at_least(1), 2)),  # height, width
+    'data.channels': shapes(3, at_least(1)),
+    'data.num_classes': shapes(1000, at_least(1), replaces=True),
+    # random_resized, or resize (whole image, no crop)
+    'data.crop': shapes('random_resized', one_of('random_resized', 'resize')),
+    # share of the image a crop covers
+    'data.crop_area': shapes((0.2, 1.0), ascending(PORTION)),
+    'data.crop_aspect': shapes((3 / 4, 4 / 3), ascending(above(0))),  # width over height
+    # of training images: bicubic, bilinear; an evaluation is always bicubic
+    'data.interpolation': shapes('bicubic', one_of('bicubic', 'bilinear')),
+    # shorter side before the centre crop, at least; 0 resizes to image_size, no crop
+    'data.eval_resize': shapes(256, at_least(0), replaces=True),
+    'data.flip': shapes(True),
+    'data.mean': shapes((0.485, 0.456, 0.406)),  # of pixels in [0, 1], one per channel
+    'data.std': shapes((0.229, 0.224, 0.225), each(above(0))),
+    'data.shuffle_buffer': shapes(20_000, at_least(1)),  # records; TFRecord only, ArrayRecord permutes exactly
+    # an image that cannot be decoded: raise, or replace it by the next one that can
+    'data.on_error': shows('raise', one_of('raise', 'replace'), replaces=True),
+    'data.threads': shows(0, at_least(0), replaces=True),  # of the host pipeline; 0 for one a core
+    'model.size': shapes('b'),  # nano, micro, ti, s, b, l, h
+    'model.depth': shapes(0, at_least(0)),  # 0: from the size
+    'model.width': shapes(0, at_least(0)),
+    'model.heads': shapes(0, at_least(0)),
+    'model.patch_size': shapes(16, at_least(1)),
+    'model.mlp_ratio': shapes(4.0, above(0)),
+    'model.position': shapes('sincos'),  # sincos, learned, none
+    'model.relative_bias': shapes(False),
+    'model.class_token': shapes(True),
+    'model.qkv_bias': shapes('qkv'),
+    'model.layer_scale': shapes(0.0, at_least(0)),
+    'model.drop_path': shapes(0.0, within(0, 1)),
+    'model.init': shapes('mae'),  # mae, beit
+    'model.mask_token_scale': shapes(1.0),  # factor of the mask token's initial value
+    'model.mask_token_norm': shapes(0.0, at_least(0)),  # its fixed length; 0: free
+    # of matrix products; parameters stay float32
+    'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16', 'float16')),
+    'model.remat': shapes(False),
+    # of jax.nn.dot_product_attention: xla, cudnn; '' for plain matrix products
+    'model.attention': shapes('xla', one_of('xla', 'cudnn', ''), replaces=True),
+    'mask_ratio': shapes(0.75, within(0, 1)),
+    'mae.decoder_depth': shapes(8, at_least(1)),
+    'mae.decoder_width': shapes(512, at_least(1)),
+    'mae.decoder_heads': shapes(16, at_least(1)),
+    'mae.norm_pix_loss': shapes(True),
+    'simmim.mask_unit': shapes(2, at_least(1)),  # patches per side of a masked unit
+    # fields as in mto_jax.mto.Settings
+    'mto.enabled': shapes(False),
+    'mto.recalibration': shapes('none'),
+    'mto.rows': shapes('visible'),
+    'mto.exclude_blocks': shapes(0),
+    'mto.initial_blocks': shapes(0),
+    'mto.blocks': shapes(()),
+    'mto.affinity': shapes('attention_mean'),
+    'mto.measure': shapes('entropy'),
+    'mto.scale_guard': shapes(False),
+    'mto.stop_keys': shapes(False),
+    'mto.stop_previous': shapes(True),
+    'mto.margin': shapes(0.02),
+    'mto.w_spa': shapes(0.0),
+    'mto.w_e': shapes(0.0),
+    'mto.w_r': shapes(0.0),
+    'mto.spa_entropy': shapes(False),
+    'mto.warmup': shapes(0.05),
+    'mto.decay_e': shapes(False),
+    'batch_size': shapes(4096, at_least(1)),  # images per step, over all devices
+    'accumulate': shapes(1, at_least(1)),  # microbatches per step
+    'epochs': shapes(800.0, above(0)),
+    **_optim('optim'),
+    # devices along each axis; -1 for the rest
+    'mesh.data': shows(-1, own=True),  # splits the batch
+    'mesh.fsdp': shows(1, own=True),  # splits the batch, and parameters with their optimizer state
+    'mesh.tensor': shows(1, own=True),  # splits heads and MLP
+    # see mto_jax/hosts.py
+    # 'auto' finds a TPU slice's or a SLURM step's hosts; host:port; '' for one host
+    'hosts.coordinator': shows('auto', own=True),
+    'hosts.count': shows(1, own=True),  # with host:port: the number of hosts, and this one's own number from 0
+    'hosts.index': shows(0, own=True),
+    'hosts.timeout': shows(300.0, above(0), own=True),  # seconds within which all hosts must have started
+    'allow_cpu': shows(False, own=True),  # train although no GPU or TPU is found
+    'deterministic': shapes(False, own=True),  # on a GPU: the same result bit by bit each time, slower
+    'log_every': shows(50, at_least(1)),  # steps
+    'diagnose_every': shows(1000, at_least(0)),  # steps; 0: never
+    'log_images': shows(6, at_least(1)),  # shown in pictures of reconstructions
+    'checkpoints.every': shows(1000, at_least(0)),  # steps; 0: only the last, which is always saved
+    'checkpoints.keep': shows(2, at_least(1)),  # newest ones kept; the best is kept beside them
+    'eval.every_epochs': shows(0.0, at_least(0), own=True),  # kNN during pre-training on val_split; 0: never
+    'eval.batch_size': shows(512, at_least(1), own=True),
+    # how many training images the probes use, a fixed random subset; 0: all
+    'eval.train_examples': shows(0, at_least(0), own=True),
+    'eval.features': shows('mean', own=True),  # mean of the patch tokens, or class
+    # student, or teacher where the method has one
+    'eval.weights': shows('student', one_of('student', 'teacher'), own=True),
+    'eval.depth': shows(0, at_least(0), own=True),  # blocks to apply; 0 for all and the final norm
+    'eval.knn_k': shows((1, 5, 10, 20), each(at_least(1)), own=True),
+    'eval.knn_temperature': shows(0.07, above(0), own=True),
+    # chosen on a held-out tenth of the training features, per class
+    'eval.linear_l2': shows((1e-5, 1e-4, 1e-3, 1e-2), each(at_least(0)), own=True),
+    'eval.linear_steps': shows(200, at_least(1), own=True),  # L-BFGS iterations
+    # task=compare
+    'compare.seeds': shows((0,), each(at_least(0))),  # one pre-training without and one with MTO for each
+    # task=report
+    'report.runs': shows(''),  # workdirs of trainings, commas between them
+    # of a study's runs
+    'finetune.epochs': shows(0.0, at_least(0)),  # 0: no fine-tuning
+    'finetune.label_share': shows(0.1, PORTION),  # of the training images
+    'finetune.batch_size': shows(128, at_least(1)),
+    **_optim('finetune.optim', shows),
+    # python -m mto_jax.study
+    'study.variants': shows({}),  # {name: {field: value}}: changes to this; one is 'baseline', more may begin so
+    'study.seeds': shows((0,)),
+    'study.budgets': shows(()),  # epochs of each training; () for `epochs`. The warm-up and the decays scale along
+    # of a training of the largest budget, evenly spaced; the others: at their end only
+    'study.evaluations': shows(4, at_least(1)),
+    # where the probes are measured: val while choosing, test to confirm
+    'study.split': shows('val', one_of('val', 'test')),
+    'study.seeds_at_once': shows(1, at_least(1)),  # trained side by side in one dispatch
+    'study.index': shows(0),  # this machine's share of the grid: every count-th run from index on
+    'study.count': shows(1, at_least(1)),
+}
+
+
+def get_config() -> ConfigDict:
+    """All defaults: plain MAE with ViT-B/16 on ImageNet. Every shipped config starts from it."""
+    return _nested({name: field.default for name, field in FIELDS.items()})
+
+
+def evaluation(task: str) -> ConfigDict:
+    """The config of an evaluation: None, for what the checkpoint's own config says, in every field but its own."""
+    kept = {n: f.default if f.own or f.default == {} else placeholder(type(f.default)) for n, f in FIELDS.items()}
+    return _nested(kept | {'task': task})
+
+
+def _nested(fields) -> ConfigDict:
+    c = ConfigDict()
+    for name, value in fields.items():
+        *groups, last = name.split('.')
+        inner = c
+        for group in groups:
+            if group not in inner:
+                inner[group] = ConfigDict()
+            inner = inner[group]
+        inner[last] = ConfigDict() if value == {} else value
+    return c
+
+
+def field_of(name: str) -> Field | None:
+    """The field of a dotted name, or the one that it lies below (`study.variants`); None for an unknown one."""
+    while name not in FIELDS and '.' in name:
+        name = name.rpartition('.')[0]
+    return FIELDS.get(name)
+
+
+def check(config: ConfigDict, partial: bool = False) -> None:
+    """Raises UserError for the first field that cannot be what it is, naming it, its value and what it must be.
+
+    Args:
+      partial: fields may be None, which stands for what a checkpoint's config says.
+    """
+    for name, value in values(config):
+        if (value is None and partial) or not FIELDS[name].rule:
+            continue
+        ok, words = FIELDS[name].rule
+        if value is None or not ok(value):
+            raise UserError(f'{name} is {value!r}; it must be {words}')
+    for name in ('mean', 'std'):
+        if partial and None in (config.data[name], config.data.channels):
+            continue
+        if len(config.data[name]) != config.data.channels:
+            raise UserError(
+                f'data.{name} has {len(config.data[name])} values; it must have one for each of data.channels '
+                f'({config.data.channels})'
+            )
+
+
+def values(config: ConfigDict) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field."""
+    for name in FIELDS:
+        value = config
+        for part in name.split('.'):
+            value = value[part]
+        yield name, value

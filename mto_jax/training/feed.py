@@ -1,0 +1,106 @@
+"""Where a training's batches come from: streamed from the host, or resident on the device for many steps a dispatch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mto_jax import train_state
+from mto_jax.errors import UserError
+from mto_jax.job import Job
+from mto_jax.train_state import Meter, TrainState
+
+
+class Streamed:
+    """Batches that the host makes while the device trains; one step a dispatch.
+
+    Args:
+      job: the training.
+      mesh: under which it runs.
+      batches: of the steps to take, on the devices. `reset()` gives the seconds waited for them.
+      key: of the training's random stream.
+    """
+
+    def __init__(self, job: Job, mesh: jax.sharding.Mesh, batches: Iterator, key: jax.Array):
+        self._job, self._step, self._batches, self._key = job, job.step(mesh), batches, key
+
+    def meter(self) -> Meter:
+        return Meter.empty(self._job.names)
+
+    def advance(self, state: TrainState, meter: Meter, step: int, stop: int) -> tuple[TrainState, Meter, int]:
+        del stop
+        return *self._step(state, meter, self._job.objective.constants, next(self._batches), self._key), step + 1
+
+    def waited(self) -> float:
+        return self._batches.reset()
+
+
+class Resident:
+    """Arrays that lie on the device, for several seeds side by side; all steps up to the next event in one dispatch.
+
+    The step is the job's own, and so are its random streams: a seed trains as `Streamed` would, up to rounding. States
+    and meters have a leading axis of seeds. A seed that diverges does not hold the others up.
+
+    Args:
+      job: the training.
+      arrays: {name: (n, ...)}, which all seeds share, as they do the constants.
+      seeds: of each state.
+      positions: `(seed, start, stop) -> rows of the arrays`, int (batch,) for each step.
+      stream: the name of the training's random stream.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        arrays: Mapping[str, np.ndarray],
+        seeds: Sequence[int],
+        positions: Callable[[int, int, int], Iterator[np.ndarray]],
+        stream: str = 'train',
+    ):
+        self._job, self._seeds, self._positions = job, seeds, positions
+        self._arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+        self._keys = jnp.stack([train_state.stream(s, stream) for s in seeds])
+
+        def steps(state, meter, constants, arrays, positions, key):
+            def body(carry, rows):
+                return job.train_step(*carry, constants, jax.tree.map(lambda x: x[rows], arrays), key), None
+
+            return jax.lax.scan(body, (state, meter), positions)[0]
+
+        self._steps = jax.jit(jax.vmap(steps, in_axes=(0, 0, None, None, 0, 0)), donate_argnums=(0, 1))
+
+    def meter(self) -> Meter:
+        return stack([Meter.empty(self._job.names) for _ in self._seeds])
+
+    def advance(self, state: TrainState, meter: Meter, step: int, stop: int) -> tuple[TrainState, Meter, int]:
+        rows = np.array([list(self._positions(s, step, stop)) for s in self._seeds], np.int32)
+        constants = self._job.objective.constants
+        return *self._steps(state, meter, constants, self._arrays, rows, self._keys), stop
+
+    def waited(self) -> float:
+        return 0.0
+
+
+def require_whole(config, images: np.ndarray) -> None:
+    """Check that `config` can pre-train on `images`, uint8 (n, H, W, C), where they are.
+
+    Raises:
+      UserError: for a config that crops (arrays hold whole images: `data.crop` must be 'resize'), or another size.
+    """
+    if config.data.crop != 'resize':
+        raise UserError(f"data.crop is {config.data.crop!r}; training in memory takes whole images ('resize')")
+    wanted = (*config.data.image_size, config.data.channels)
+    if images.shape[1:] != wanted:
+        raise UserError(f'data.image_size and data.channels are {wanted}; the images in memory are {images.shape[1:]}')
+
+
+def stack(trees: Sequence) -> Any:
+    """Trees of single seeds with a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def take(tree: Any, index: int) -> Any:
+    """One seed's part of a tree with a leading axis of seeds."""
+    return jax.tree.map(lambda x: x[index], tree)

@@ -1,0 +1,149 @@
+"""The one loop. Pre-training, the members of a study and their fine-tuning all run through `fit`."""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mto_jax.metrics import say
+from mto_jax.preemption import Preempted
+from mto_jax.train_state import Meter, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a look at a state found.
+
+    Attributes:
+      scalars: {name: value}; of several seeds, {name: one value a seed}.
+      images: {name: float (B, H, W, C) in [0, 1]}.
+      score: of this very state, higher is better: what decides which checkpoint is the best. A state that has one is
+        saved.
+    """
+
+    scalars: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Something to look at on the way: a probe, pictures, a diagnosis.
+
+    Attributes:
+      look: `(step, state) -> Seen`; it must not keep the state, whose arrays are donated to the next step.
+      at: steps at which it looks, ascending (a range or a tuple); at the last step it always does.
+      at_start: look at the fresh state too.
+    """
+
+    look: Callable[[int, TrainState], Seen]
+    at: Sequence[int] = ()
+    at_start: bool = False
+
+
+class Feed(Protocol):
+    """Where the batches come from, and what takes the steps: see `feed.py`."""
+
+    def meter(self) -> Meter:
+        """An empty one."""
+
+    def advance(self, state: TrainState, meter: Meter, step: int, stop: int) -> tuple[TrainState, Meter, int]:
+        """At least one step on from `step`, and at most to `stop`; the third is where it is then. Donates both."""
+
+    def waited(self) -> float:
+        """Seconds for which the device had nothing to do, since this was last asked."""
+
+
+class Record:
+    """What is kept of a training. This one keeps nothing.
+
+    Attributes:
+      logs, saves: steps, ascending, at which terms are logged and states saved; at the last step both always are.
+    """
+
+    logs: Sequence[int] = ()
+    saves: Sequence[int] = ()
+
+    def interval(self, step: int, meter: Meter, waited: float) -> None:
+        """Keep the terms of the interval that ends at `step`."""
+
+    def require_finite(self, meter: Meter) -> None:
+        """Called before a state is looked at or saved: raise where a term up to here was not finite."""
+
+    def see(self, step: int, seen: Seen) -> None:
+        """Keep what a watch found."""
+
+    def save(self, state: TrainState, score: float | None) -> None:
+        """Save a state."""
+
+    def restart(self, step: int) -> None:
+        """Time from here on: something other than training has run."""
+
+    def finish(self) -> None:
+        """Wait until everything is kept."""
+
+
+def every(steps: int, total: int) -> range:
+    """Each `steps`-th of `total` steps; none for 0."""
+    return range(steps, total + 1, steps) if steps else range(0)
+
+
+def fit(
+    feed: Feed,
+    state: TrainState,
+    start: int,
+    total: int,
+    watches: Sequence[Watch] = (),
+    record: Record | None = None,
+    told_to_end: Callable[[int], bool] = lambda step: False,
+) -> TrainState:
+    """Train from step `start` to `total`; returns the last state.
+
+    Args:
+      state: at `start`. It is donated.
+      told_to_end: asked after every dispatch; where True, the state is saved and the training ends.
+
+    Raises:
+      Preempted: once a training that was told to end is saved.
+    """
+    record = record or Record()
+    events = [record.logs, record.saves, *(w.at for w in watches)]
+    meter, step = feed.meter(), start
+    for watch in watches if not start else ():
+        if watch.at_start:
+            record.see(0, watch.look(0, state))
+    record.restart(start)
+    while step < total:
+        stop = min(total, *(_after(steps, step, total) for steps in events))
+        state, meter, step = feed.advance(state, meter, step, stop)
+        last, ending = step == total, told_to_end(step)
+        looks = [] if ending else [w for w in watches if last or step in w.at]
+        save = last or ending or step in record.saves
+        if last or ending or step in record.logs:
+            record.interval(step, meter, feed.waited())
+            meter = feed.meter()
+        if not (looks or save):
+            continue
+        record.require_finite(meter)
+        score = None
+        for watch in looks:
+            seen = watch.look(step, state)
+            record.see(step, seen)
+            score = seen.score if score is None else score
+        if save or score is not None:
+            record.save(state, score)
+        if ending and not last:
+            record.finish()
+            say(f'told to end: saved at step {step}; the same command resumes there')
+            raise Preempted
+        record.restart(step)
+    record.finish()
+    return state
+
+
+def _after(steps: Sequence[int], step: int, total: int) -> int:
+    """The first of `steps` after `step`; the total where there is none."""
+    place = bisect.bisect_right(steps, step)
+    return steps[place] if place < len(steps) else total

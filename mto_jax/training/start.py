@@ -1,0 +1,78 @@
+"""Where a training starts: one of four points, the first that applies.
+
+1. The newest checkpoint of its own workdir: the run resumes, bit for bit as if it had never stopped.
+2. `config.resume_from`: the whole state in another run's checkpoint, at its step. That run is only read.
+3. `config.init_from`: the weights in another run's checkpoint (and what its method keeps beside them, a teacher), at
+   step 0 with a fresh optimizer.
+4. Fresh weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mto_jax import checkpoint
+from mto_jax.checkpoint import Checkpointer
+from mto_jax.errors import UserError
+from mto_jax.metrics import say
+from mto_jax.train_state import TrainState
+from mto_jax.workdir import differences, listed
+
+
+def begin(config: ConfigDict, create: Callable[[], TrainState], sharding: Any, saver: Checkpointer) -> TrainState:
+    """The state to go on from, placed as `sharding` (a tree like it) says.
+
+    Args:
+      config: of the run.
+      create: the fresh state; jitted here.
+      saver: of the run's own checkpoints.
+
+    Raises:
+      UserError: for a checkpoint that is missing, damaged, or of another model or config.
+    """
+    abstract = checkpoint.abstract_like(jax.eval_shape(create), sharding)
+    if (state := saver.restore_newest(abstract)) is not None:
+        return state
+    if config.resume_from:
+        return _resumed(config, abstract)
+    state = jax.jit(create, out_shardings=sharding)()
+    return initialised(config.init_from, state) if config.init_from else state
+
+
+def initialised(path: str, state: TrainState) -> TrainState:
+    """A fresh state with the weights of a checkpoint: its parameters and model state, not its step or optimizer.
+
+    Args:
+      path: a workdir (its newest step), or workdir/checkpoints/<step>.
+
+    Raises:
+      UserError: if there is none, it is damaged, or of another model.
+    """
+    own = {'params': state.params} | {f'{checkpoint.STATE}{n}': v for n, v in state.model_state.items()}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), own)
+
+    def load(reader, step):
+        return {name: reader.restore_item(tree, step, name) for name, tree in abstract.items()}
+
+    workdir, step, found = checkpoint.read(path, load)
+    say(f'weights of {workdir} at step {step}, optimizer fresh')
+    return state.replace(
+        params=found.pop('params'), model_state={n.removeprefix(checkpoint.STATE): v for n, v in found.items()}
+    )
+
+
+def _resumed(config, abstract) -> TrainState:
+    def load(reader, step):
+        changed = differences(reader.config(step), config.to_dict())
+        if changed and not config.resume_anyway:
+            raise UserError(
+                f'resume_from is {config.resume_from!r}, a run with another config:\n{listed(changed)}\nUse its '
+                'values, or go on with the new ones: --config.resume_anyway=True'
+            )
+        return reader.restore(abstract, step)
+
+    workdir, step, state = checkpoint.read(config.resume_from, load)
+    say(f"the state of {workdir} at step {step}; what is saved from here on is in this run's own workdir")
+    return state

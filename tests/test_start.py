@@ -1,0 +1,132 @@
+"""Where a training starts: resume, resume from another workdir, initialise from weights, scratch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from mto_jax import checkpoint, study, train_state, trainer
+from mto_jax.errors import UserError
+from mto_jax.training import start
+from tests.conftest import shrink
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A finished run of 8 steps with checkpoints at 4, 6, 8: config, workdir, state."""
+    c = shrink(base.get_config())
+    c.model.dtype, c.checkpoints.keep, c.diagnose_every = 'float32', 3, 0
+    workdir = tmp_path_factory.mktemp('finished')
+    return c, workdir, trainer.pretrain(c, workdir)
+
+
+def fresh(config):
+    return ConfigDict(config.to_dict())
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_another_workdir_goes_on_bitwise(finished, tmp_path, capsys):
+    config, workdir, whole = finished
+    c = fresh(config)
+    c.resume_from = str(workdir / 'checkpoints' / '4')
+    before = sorted(workdir.rglob('*'))
+    state = trainer.pretrain(c, tmp_path)
+    assert 'resuming at step 4' in capsys.readouterr().out
+    assert same(state, whole)
+    assert sorted(workdir.rglob('*')) == before
+    assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [6, 8]
+
+
+def test_another_config_is_refused(finished, tmp_path):
+    config, workdir, _ = finished
+    c = fresh(config)
+    c.resume_from, c.mask_ratio = str(workdir / 'checkpoints' / '6'), 0.5
+    with pytest.raises(UserError, match=r'mask_ratio: 0\.75 there, 0\.5 now'):
+        trainer.pretrain(c, tmp_path)
+    assert not (tmp_path / 'config.json').exists()
+    c.resume_anyway = True
+    assert int(trainer.pretrain(c, tmp_path).step) == 8
+
+
+def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch):
+    """From step 0; and a run that has a checkpoint of its own resumes there, not at the weights."""
+    config, workdir, whole = finished
+    c = fresh(config)
+    c.init_from, c.epochs = str(workdir), 1.0
+    begun = []
+    real = trainer.begin
+    monkeypatch.setattr(trainer, 'begin', lambda *args: begun.append(jax.device_get(real(*args))) or real(*args))
+    state = trainer.pretrain(c, tmp_path)
+    assert f'weights of {workdir} at step 8' in capsys.readouterr().out
+    assert same(begun[0].params, whole.params)
+    assert int(begun[0].step) == 0
+    assert not any(np.any(x) for x in jax.tree.leaves(begun[0].opt_state))
+    assert not same(state.params, whole.params)
+    assert same(trainer.pretrain(c, tmp_path), state)
+    assert int(begun[1].step) == 4
+
+
+@pytest.mark.parametrize('field', ['init_from', 'resume_from'])
+def test_no_checkpoint_there(config, tmp_path, field):
+    config[field] = str(tmp_path / 'none')
+    with pytest.raises(UserError, match='no checkpoint there'):
+        trainer.pretrain(config, tmp_path / 'run')
+
+
+def test_weights_of_another_model(finished, tmp_path):
+    config, workdir, _ = finished
+    c = fresh(config)
+    c.init_from, c.model.width = str(workdir), 32
+    with pytest.raises(UserError, match='is of another model'):
+        trainer.pretrain(c, tmp_path)
+
+
+def test_a_teacher_comes_with_the_weights(tmp_path):
+    """Written and read on its own, without a training."""
+    own = {'params': {'w': jnp.arange(3.0)}, 'teacher': {'w': jnp.arange(3.0) + 1}}
+    state = train_state.TrainState(jnp.int32(5), own['params'], {}, {'teacher': own['teacher']})
+    saver = checkpoint.Checkpointer(tmp_path, entries=state.model_state)
+    saver.save(state, {}, None, {})
+    saver.close()
+    zero = jax.tree.map(jnp.zeros_like, state)
+    found = start.initialised(str(tmp_path), zero)
+    assert same(found.params, own['params'])
+    assert same(found.model_state['teacher'], own['teacher'])
+    assert int(found.step) == 0
+
+
+def test_members_of_a_study(finished, tmp_path):
+    """Every seed starts from the given weights."""
+    config, workdir, _ = finished
+    c = fresh(config)
+    c.data.crop, c.epochs, c.init_from = 'resize', 1.0, str(workdir)
+    c.study.variants, c.study.seeds, c.study.seeds_at_once = {'baseline': {}}, (0, 1), 2
+    rows = study.read(study.run(c, tmp_path / 'study'))
+    untrained = [r['reconstruction'] for r in rows if r['epoch'] == '0']
+    assert len(untrained) == 2
+    assert untrained[0] == untrained[1]
+    c.resume_from = str(workdir)
+    with pytest.raises(UserError, match='resume_from'):
+        study.run(c, tmp_path / 'study')
+
+
+def test_constants_are_written_once(tmp_path):
+    """Beside the checkpoints, and compared when the run resumes."""
+    constants = {'encoder': {'w': jnp.arange(6.0).reshape(2, 3)}}
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.keep_constants({})
+    assert not (tmp_path / 'constants').exists()
+    saver.keep_constants(constants)
+    saver.keep_constants(constants)
+    assert same(saver.restore_constants(jax.eval_shape(lambda: constants)), constants)
+    with pytest.raises(UserError, match=r'holds other values of encoder/w \(1 of 1 arrays\)'):
+        saver.keep_constants({'encoder': {'w': constants['encoder']['w'] + 1e-6}})
+    (tmp_path / 'constants.json').write_text('{"encoder/w": 1}')
+    with pytest.raises(checkpoint.Damaged, match='checksum'):
+        saver.restore_constants(jax.eval_shape(lambda: constants))
+    saver.close()
