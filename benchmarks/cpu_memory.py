@@ -19,13 +19,14 @@ RUN = """
 import sys
 from pathlib import Path
 from configs import quickstart
-from mto_jax import cpu, trainer
+from mto_jax.runtime import cpu
+from mto_jax.tasks import pretrain
 if sys.argv[1] == 'without':
     cpu.keep_memory = lambda: False
 c = quickstart.get_config()
 c.task, c.epochs, c.optim.warmup_epochs = 'pretrain', int(sys.argv[2]) / 70, 0.1
 c.diagnose_every, c.eval.every_epochs = 0, 0.0
-trainer.pretrain(c, Path(sys.argv[3]))
+pretrain.run(c, Path(sys.argv[3]))
 """
 
 

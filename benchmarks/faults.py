@@ -114,7 +114,7 @@ def damage(step: Path, way: str, rng: random.Random) -> str:
 
 def same(a: Path, b: Path, step: int) -> bool:
     """True where every stored array of two checkpoints has the same bits."""
-    from mto_jax import checkpoint
+    from mto_jax.training import checkpoint
 
     sums = [checkpoint.Checkpointer(d, read_only=True).about(step)['checksums'] for d in (a, b)]
     return sums[0] == sums[1]

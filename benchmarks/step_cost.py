@@ -13,9 +13,11 @@ from functools import partial
 
 import jax
 
-from mto_jax import cli, cpu, job, study
+from mto_jax import cli
 from mto_jax.data import memory, order
-from mto_jax.training import feed
+from mto_jax.runtime import cpu
+from mto_jax.studies import study
+from mto_jax.training import feed, job
 
 ROUNDS, STEPS = 7, 40
 

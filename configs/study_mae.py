@@ -1,6 +1,6 @@
 """Studies of MAE with MTO on all of Fashion-MNIST, in memory: configs/study_simmim.py has the same stages for SimMIM.
 
-python -m mto_jax.study --config=configs/study_mae.py:explore
+python -m mto_jax.studies --config=configs/study_mae.py:explore
 """
 
 from configs import base, quickstart

@@ -1,7 +1,7 @@
 """Studies of SimMIM with MTO on all of Fashion-MNIST, in memory.
 
     python data/make_fashion_mnist.py --source=DIR --train=60000 --test=10000 --format=npz
-    python -m mto_jax.study --config=configs/study_simmim.py:explore
+    python -m mto_jax.studies --config=configs/study_simmim.py:explore
 
 Stages: `tune` (the baseline's own hyper-parameters, one factor at a time), `explore` (what of MTO helps), `refine` (the
 best of them on a second seed, and together) and `halve` (the best one tuned for half the epochs) are measured on 6,000

@@ -228,7 +228,7 @@ FIELDS: dict[str, Field] = {
     'finetune.label_share': shows(0.1, PORTION),  # of the training images
     'finetune.batch_size': shows(128, at_least(1)),
     **_optim('finetune.optim', shows),
-    # python -m mto_jax.study
+    # python -m mto_jax.studies
     'study.variants': shows({}),  # {name: {field: value}}: changes to this; one is 'baseline', more may begin so
     'study.seeds': shows((0,)),
     'study.budgets': shows(()),  # epochs of each training; () for `epochs`. The warm-up and the decays scale along

@@ -19,9 +19,12 @@ from etils.epath import backend, gpath
 
 from benchmarks import faults
 from configs import base, knn
-from mto_jax import checkpoint, job, metrics, parallel, tasks, trainer, workdir
+from mto_jax import tasks
 from mto_jax.analysis import plots
 from mto_jax.errors import UserError
+from mto_jax.runtime import log, parallel, workdir
+from mto_jax.tasks import pretrain
+from mto_jax.training import checkpoint, job
 from tests.conftest import shrink
 
 
@@ -50,7 +53,7 @@ def finished_run(tmp_path_factory):
     c = shrink(base.get_config())
     c.model.dtype, c.checkpoints.keep, c.diagnose_every = 'float32', 3, 0
     folder = tmp_path_factory.mktemp('whole') / 'run'
-    return c, folder, trainer.pretrain(c, folder)
+    return c, folder, pretrain.run(c, folder)
 
 
 # A restore that fails leaves coroutines of orbax behind, which complain when they are collected.
@@ -64,7 +67,7 @@ def test_damage_is_reported_and_the_one_before_is_used(finished_run, tmp_path, c
     config, folder, whole = finished_run
     shutil.copytree(folder, tmp_path / 'run')
     faults.damage(tmp_path / 'run' / 'checkpoints' / '8', way, random.Random())
-    again = trainer.pretrain(config, tmp_path / 'run')
+    again = pretrain.run(config, tmp_path / 'run')
     out = capsys.readouterr().out
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
     if way == 'flip' and 'resuming at step 8' in out:
@@ -153,7 +156,7 @@ def test_frequent_saves_on_a_split_mesh(config, tmp_path, fsdp, tensor):
     c.model.width, c.model.heads, c.mae.decoder_width, c.mae.decoder_heads = 64, 4, 32, 4
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, fsdp, tensor
     c.diagnose_every, c.checkpoints.every, c.epochs = 0, 1, 1.0
-    trainer.pretrain(c, tmp_path)
+    pretrain.run(c, tmp_path)
     assert (tmp_path / 'checkpoints' / '4').is_dir()
 
 
@@ -166,7 +169,7 @@ def test_a_checkpoint_of_an_earlier_version(finished_run, tmp_path):
     del about['format']
     path.write_text(json.dumps(about))
     with pytest.raises(UserError, match=r'checkpoints/8 was saved by an earlier version') as e:
-        trainer.pretrain(config, tmp_path / 'run')
+        pretrain.run(config, tmp_path / 'run')
     assert '\n' not in str(e.value)
     assert path.exists()
     assert tasks.run(knn_config(tmp_path / 'run'), tmp_path / 'out')['step'] == 8
@@ -179,7 +182,7 @@ def test_all_damaged_stops(finished_run, tmp_path):
     for step in (4, 6, 8):
         faults.damage(tmp_path / 'run' / 'checkpoints' / str(step), 'empty', random.Random(0))
     with pytest.raises(UserError, match=r'all checkpoints .* are damaged \(steps \[4, 6, 8\]\)'):
-        trainer.pretrain(config, tmp_path / 'run')
+        pretrain.run(config, tmp_path / 'run')
 
 
 def test_a_full_disk_is_an_error_and_older_checkpoints_stay(finished_run, tmp_path):
@@ -192,14 +195,14 @@ def test_a_full_disk_is_an_error_and_older_checkpoints_stay(finished_run, tmp_pa
 import resource, signal, sys
 from configs import base
 from tests.conftest import shrink
-from mto_jax import trainer
+from mto_jax.tasks import pretrain
 from mto_jax.errors import UserError
 c = shrink(base.get_config())
 c.model.dtype, c.checkpoints.keep, c.diagnose_every = 'float32', 3, 0
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 try:
-    trainer.pretrain(c, sys.argv[1])
+    pretrain.run(c, sys.argv[1])
 except UserError as e:
     print('stopped:', e)
 """
@@ -208,14 +211,14 @@ except UserError as e:
     out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
     assert 'stopped: a checkpoint could not be saved in' in out.stdout, out.stdout + out.stderr
     assert 'Whole there: 4.' in out.stdout
-    again = trainer.pretrain(config, tmp_path / 'run')
+    again = pretrain.run(config, tmp_path / 'run')
     assert int(again.step) == 8
 
 
 def test_a_workdir_that_cannot_be_written(config, tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'):
-        trainer.pretrain(config, tmp_path / 'file' / 'run')
+        pretrain.run(config, tmp_path / 'file' / 'run')
 
 
 def test_two_jobs_cannot_share_a_workdir(tmp_path):
@@ -296,7 +299,7 @@ def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
         workdir.record(place, {'seed': 1}, {})
         assert (tmp_path / 'runs' / 'a' / 'lock.json').exists()
         workdir.write(place / 'metrics.jsonl', '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-        history = metrics.read_history(place)
+        history = log.read_history(place)
         plots.curves(place / 'curves.png', {'a': history})
     assert [r['loss'] for r in history] == [2.0, 1.0]
     assert (tmp_path / 'runs' / 'a' / 'curves.png').read_bytes().startswith(b'\x89PNG')

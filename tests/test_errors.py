@@ -4,10 +4,11 @@ import pytest
 
 from configs import base, mae, mae_mto, quickstart, simmim, simmim_mto
 from configs import report as report_config
-from mto_jax import tasks, trainer
+from mto_jax import tasks
 from mto_jax.config import FIELDS, check
 from mto_jax.errors import UserError
 from mto_jax.evals import features
+from mto_jax.tasks import pretrain
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def fails(config, tmp_path, monkeypatch):
     def reached(*_):
         raise AssertionError('it began to train')
 
-    monkeypatch.setattr(trainer, '_train', reached)
+    monkeypatch.setattr(pretrain, '_train', reached)
     monkeypatch.setattr(features, 'extract', reached)
     config.mto.enabled, config.mto.w_r, config.mto.initial_blocks = True, 0.1, 1
 

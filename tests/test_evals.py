@@ -15,11 +15,13 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import base
-from mto_jax import checkpoint, methods, optim, tasks, trainer
+from mto_jax import methods, tasks
 from mto_jax.data import memory
 from mto_jax.errors import UserError
-from mto_jax.evals import features, finetune, knn, linear, probes
-from mto_jax.training import feed
+from mto_jax.evals import features, knn, logistic, probes
+from mto_jax.studies import finetune
+from mto_jax.tasks import pretrain
+from mto_jax.training import checkpoint, feed, optim
 from tests.conftest import shrink
 
 
@@ -77,10 +79,10 @@ def test_features_without_direction_are_an_error(rng, value, which):
         knn.accuracy(x, y, q, t, ks=(5,), temperature=0.07, num_classes=4)
     options = {'l2': (1e-2,), 'steps': 20, 'num_classes': 4}
     if value == 0:
-        assert linear.accuracy(x, y, q, t, **options)[0] > 0.5
+        assert logistic.accuracy(x, y, q, t, **options)[0] > 0.5
         return
     with pytest.raises(UserError, match=rf'{which} features are not finite, the first at position 7'):
-        linear.accuracy(x, y, q, t, **options)
+        logistic.accuracy(x, y, q, t, **options)
 
 
 def test_raw_pixels_of_a_black_image_have_a_direction(rng):
@@ -96,7 +98,7 @@ def test_linear_probe_is_at_the_optimum(rng):
     """The gradient of the penalised cross-entropy, written in numpy, vanishes at what L-BFGS returns."""
     x, y = clusters(rng, 300)
     x = (x - x.mean(0)) / x.std(0)
-    p = {k: np.asarray(v, np.float64) for k, v in linear.fit(x, y, 1e-2, 4, 300).items()}
+    p = {k: np.asarray(v, np.float64) for k, v in logistic.fit(x, y, 1e-2, 4, 300).items()}
     logits = x @ p['w'] + p['b']
     prob = np.exp(logits - logits.max(1, keepdims=True))
     prob /= prob.sum(1, keepdims=True)
@@ -107,7 +109,7 @@ def test_linear_probe_is_at_the_optimum(rng):
 
 def test_linear_probe_separates_what_is_separable(rng):
     (x, y), (q, t) = clusters(rng, 500), clusters(rng, 400)
-    acc, l2 = linear.accuracy(x * 10 + 5, y, q * 10 + 5, t, l2=(1e-3, 1e3), steps=50, num_classes=4)
+    acc, l2 = logistic.accuracy(x * 10 + 5, y, q * 10 + 5, t, l2=(1e-3, 1e3), steps=50, num_classes=4)
     nearest = (np_knn(x, y, q, 20, 0.07, 4) == t).mean()
     assert acc > nearest - 0.05
     assert l2 == 1e-3
@@ -121,24 +123,24 @@ def test_penalty_is_chosen_on_all_classes(order, monkeypatch):
     y = y if order == 'cycle' else np.sort(y)
     centres = rng.normal(size=(10, 400)) * 0.15
     x, q = (centres[y] + rng.normal(size=(1000, 400)) for _ in range(2))
-    real, fitted = linear.fit, []
+    real, fitted = logistic.fit, []
 
     def fit(x, labels, *args):
         fitted.append(np.bincount(labels, minlength=10).tolist())
         return real(x, labels, *args)
 
-    monkeypatch.setattr(linear, 'fit', fit)
+    monkeypatch.setattr(logistic, 'fit', fit)
     options = {'steps': 40, 'num_classes': 10}
-    weak, strong = (linear.accuracy(x, y, q, y, l2=(s,), **options)[0] for s in (1e-6, 1.0))
+    weak, strong = (logistic.accuracy(x, y, q, y, l2=(s,), **options)[0] for s in (1e-6, 1.0))
     assert strong > weak + 0.03
     fitted.clear()
-    assert linear.accuracy(x, y, q, y, l2=(1e-6, 1.0), **options) == (strong, 1.0)
+    assert logistic.accuracy(x, y, q, y, l2=(1e-6, 1.0), **options) == (strong, 1.0)
     assert fitted == [[90] * 10, [90] * 10, [100] * 10]
 
 
 def test_labels_are_required():
     batch = {'image': np.zeros((2, 4, 4, 1), np.uint8), 'label': np.array([-1, -1]), 'valid': np.array([True, True])}
-    from mto_jax import parallel
+    from mto_jax.runtime import parallel
 
     with pytest.raises(UserError, match='label'):
         features.extract(features.raw_pixels, None, iter([batch]), parallel.make_mesh(1))
@@ -213,7 +215,7 @@ def short_pretraining():
 def trained(tmp_path_factory):
     """The workdir of `short_pretraining`."""
     workdir = tmp_path_factory.mktemp('trained')
-    trainer.pretrain(short_pretraining(), workdir)
+    pretrain.run(short_pretraining(), workdir)
     return workdir
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from mto_jax import checkpoint, hosts, job, parallel
 from mto_jax.errors import UserError
+from mto_jax.runtime import hosts, parallel
+from mto_jax.training import checkpoint, job
 from tests.conftest import shrink
 
 SECONDS = 240  # within which a run of two processes on two busy cores is over
@@ -269,11 +270,12 @@ def test_a_missing_or_differing_peer_fails_fast(tmp_path):
 
 def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):
     """In this process: SIGTERM while step 3 runs, then a second start that ends as if nothing had happened."""
-    from mto_jax import preemption, trainer
     from mto_jax.data import pipeline
+    from mto_jax.runtime import preemption
+    from mto_jax.tasks import pretrain
 
     config.checkpoints.every = 100
-    whole = trainer.pretrain(config, tmp_path / 'whole')
+    whole = pretrain.run(config, tmp_path / 'whole')
     original = pipeline.train_batches
 
     def with_notice(*args):
@@ -286,11 +288,11 @@ def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):
         pytest.skip('signals reach the main thread only')
     monkeypatch.setattr(pipeline, 'train_batches', with_notice)
     with pytest.raises(preemption.Preempted) as e:
-        trainer.pretrain(config, tmp_path / 'part')
+        pretrain.run(config, tmp_path / 'part')
     assert e.value.code == 143
     assert len(checkpoint.Checkpointer(tmp_path / 'part').steps) == 1
     monkeypatch.undo()
-    again = trainer.pretrain(config, tmp_path / 'part')
+    again = pretrain.run(config, tmp_path / 'part')
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
 
 

@@ -12,9 +12,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import mae_mto, simmim
-from mto_jax import tasks, trainer
+from mto_jax import tasks
 from mto_jax.data import check, folder, order, pipeline, sources
 from mto_jax.errors import UserError
+from mto_jax.tasks import pretrain
 
 PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
 
@@ -106,7 +107,7 @@ def flagship(photos, tmp_path):
 @pytest.mark.parametrize('photos', ['folder', 'array_record'], indirect=True)
 def test_from_jpegs_to_a_probe(flagship, tmp_path):
     """Pre-training stopped half-way and resumed ends bitwise as the uninterrupted one; then the probes."""
-    whole = trainer.pretrain(flagship, tmp_path / 'whole')
+    whole = pretrain.run(flagship, tmp_path / 'whole')
     assert int(whole.step) == 6
 
     class Stop(Exception):
@@ -127,8 +128,8 @@ def test_from_jpegs_to_a_probe(flagship, tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(pipeline.Prefetch, '__next__', until(4))
         with pytest.raises(Stop):
-            trainer.pretrain(flagship, tmp_path / 'part')
-    resumed = trainer.pretrain(flagship, tmp_path / 'part')
+            pretrain.run(flagship, tmp_path / 'part')
+    resumed = pretrain.run(flagship, tmp_path / 'part')
     jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
     for task in ('knn', 'linear'):
         flagship.task, flagship.checkpoint = task, str(tmp_path / 'part')
@@ -386,7 +387,7 @@ def test_the_images_that_are_diagnosed_are_of_all_classes(config, tmp_path, monk
 
     monkeypatch.setattr(pipeline, 'eval_batches', recorded)
     config.epochs, config.optim.warmup_epochs = 0.5, 0.25
-    trainer.pretrain(config, tmp_path / 'w')
+    pretrain.run(config, tmp_path / 'w')
     assert len(seen[0]) == 64
     assert set(seen[0]) == {0, 1}
 

@@ -83,8 +83,11 @@ for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'orbax',
     sys.modules[name] = None
 import jax, numpy as np, optax
 from configs import quickstart
-from mto_jax import job, losses, masking, methods, mto, objective, optim, parallel, schedules, train_state
-from mto_jax.evals import finetune, frozen, knn, linear
+from mto_jax.training import job, objective, optim, schedules, train_state
+from mto_jax import losses, masking, methods, mto
+from mto_jax.runtime import parallel
+from mto_jax.studies import finetune
+from mto_jax.evals import frozen, knn, logistic
 from mto_jax.data import augment, memory, order
 from mto_jax.training import feed, loop
 c = quickstart.get_config()
@@ -110,7 +113,7 @@ def test_freed_memory_is_kept():
     code = """
 import resource, sys
 import numpy as np
-from mto_jax import cpu
+from mto_jax.runtime import cpu
 print(cpu.keep_memory())
 faults = []
 for _ in range(3):

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mto_jax import job, losses, masking, methods, mto
+from mto_jax import losses, masking, methods, mto
 from mto_jax.attention import Conditioning
 from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.methods import simmim
 from mto_jax.models import position, vit
 from mto_jax.models.layers import Block
+from mto_jax.training import job
 from tests.conftest import forward, shrink
 
 

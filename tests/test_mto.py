@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mto_jax import attention, job, methods, mto
+from mto_jax import attention, methods, mto
+from mto_jax.training import job
 
 B, H, N, D = 3, 2, 12, 8
 DTYPES = {'float32': (jnp.float32, 2e-5), 'bfloat16': (jnp.bfloat16, 3e-2)}

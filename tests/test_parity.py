@@ -15,7 +15,8 @@ import optax
 import pytest
 
 from configs import mae, simmim
-from mto_jax import losses, methods, optim, schedules
+from mto_jax import losses, methods
+from mto_jax.training import optim, schedules
 from tests.conftest import forward
 
 pytestmark = pytest.mark.filterwarnings('default')  # the peers' own warnings are not ours to mend

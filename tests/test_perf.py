@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import mae, simmim
-from mto_jax import job, perf
+from mto_jax.tools import perf
+from mto_jax.training import job
 
 PROGRAM = """\
 HloModule step, entry_computation_layout={()->f32[]}
@@ -55,7 +56,7 @@ def test_a_compiled_program_is_read():
     """5 turns of 10 + 3 x 7 cycles, and 100; gathers of 16 bytes 5 times and of 32 once, begun ahead; reductions of
     4 + 48, and of 16 that is begun in one fusion and ended in another."""
     code = f"""
-from mto_jax import compile_tpu
+from mto_jax.tools import compile_tpu
 print(compile_tpu.read_hlo({PROGRAM!r}))
 """
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=False)
@@ -107,7 +108,14 @@ NO_LIBTPU = 'needs libtpu in an environment of its own; MTO_JAX_TPU_PYTHON names
 
 
 def compile_for(topology, *args):
-    command = [TPU_PYTHON, '-m', 'mto_jax.compile_tpu', '--config=configs/mae_mto.py', f'--topology={topology}', *args]
+    command = [
+        TPU_PYTHON,
+        '-m',
+        'mto_jax.tools.compile_tpu',
+        '--config=configs/mae_mto.py',
+        f'--topology={topology}',
+        *args,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
 
 

@@ -11,11 +11,12 @@ from conftest import shrink
 from etils import epath
 
 from configs import base
-from mto_jax import tasks, trainer
+from mto_jax import tasks
 from mto_jax.analysis import report
 from mto_jax.errors import UserError
-from mto_jax.hosts import flatten
-from mto_jax.metrics import read_history
+from mto_jax.runtime.hosts import flatten
+from mto_jax.runtime.log import read_history
+from mto_jax.tasks import pretrain
 
 VOID = {'meta', 'img', 'br'}
 
@@ -62,7 +63,7 @@ def runs(tmp_path_factory):
     c = shrink(base.get_config())
     c.model.dtype, c.eval.every_epochs = 'float32', 1.0
     c.mto.enabled, c.mto.w_r, c.mto.initial_blocks = True, 0.1, 1
-    trainer.pretrain(c, root / 'mto')
+    pretrain.run(c, root / 'mto')
     rows = read_history(root / 'mto')
     c.mto.enabled, c.seed = False, 3
     other = [{k: v / 2 if k == 'reconstruction' else v for k, v in r.items() if k != 'mto_r'} for r in rows]

@@ -7,9 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from mto_jax import checkpoint, study, train_state, trainer
 from mto_jax.errors import UserError
-from mto_jax.training import start
+from mto_jax.studies import study
+from mto_jax.tasks import pretrain
+from mto_jax.training import checkpoint, start, train_state
 from tests.conftest import shrink
 
 
@@ -19,7 +20,7 @@ def finished(tmp_path_factory):
     c = shrink(base.get_config())
     c.model.dtype, c.checkpoints.keep, c.diagnose_every = 'float32', 3, 0
     workdir = tmp_path_factory.mktemp('finished')
-    return c, workdir, trainer.pretrain(c, workdir)
+    return c, workdir, pretrain.run(c, workdir)
 
 
 def fresh(config):
@@ -35,7 +36,7 @@ def test_another_workdir_goes_on_bitwise(finished, tmp_path, capsys):
     c = fresh(config)
     c.resume_from = str(workdir / 'checkpoints' / '4')
     before = sorted(workdir.rglob('*'))
-    state = trainer.pretrain(c, tmp_path)
+    state = pretrain.run(c, tmp_path)
     assert 'resuming at step 4' in capsys.readouterr().out
     assert same(state, whole)
     assert sorted(workdir.rglob('*')) == before
@@ -47,10 +48,10 @@ def test_another_config_is_refused(finished, tmp_path):
     c = fresh(config)
     c.resume_from, c.mask_ratio = str(workdir / 'checkpoints' / '6'), 0.5
     with pytest.raises(UserError, match=r'mask_ratio: 0\.75 there, 0\.5 now'):
-        trainer.pretrain(c, tmp_path)
+        pretrain.run(c, tmp_path)
     assert not (tmp_path / 'config.json').exists()
     c.resume_anyway = True
-    assert int(trainer.pretrain(c, tmp_path).step) == 8
+    assert int(pretrain.run(c, tmp_path).step) == 8
 
 
 def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch):
@@ -59,15 +60,15 @@ def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch)
     c = fresh(config)
     c.init_from, c.epochs = str(workdir), 1.0
     begun = []
-    real = trainer.begin
-    monkeypatch.setattr(trainer, 'begin', lambda *args: begun.append(jax.device_get(real(*args))) or real(*args))
-    state = trainer.pretrain(c, tmp_path)
+    real = pretrain.begin
+    monkeypatch.setattr(pretrain, 'begin', lambda *args: begun.append(jax.device_get(real(*args))) or real(*args))
+    state = pretrain.run(c, tmp_path)
     assert f'weights of {workdir} at step 8' in capsys.readouterr().out
     assert same(begun[0].params, whole.params)
     assert int(begun[0].step) == 0
     assert not any(np.any(x) for x in jax.tree.leaves(begun[0].opt_state))
     assert not same(state.params, whole.params)
-    assert same(trainer.pretrain(c, tmp_path), state)
+    assert same(pretrain.run(c, tmp_path), state)
     assert int(begun[1].step) == 4
 
 
@@ -75,7 +76,7 @@ def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch)
 def test_no_checkpoint_there(config, tmp_path, field):
     config[field] = str(tmp_path / 'none')
     with pytest.raises(UserError, match='no checkpoint there'):
-        trainer.pretrain(config, tmp_path / 'run')
+        pretrain.run(config, tmp_path / 'run')
 
 
 def test_weights_of_another_model(finished, tmp_path):
@@ -83,7 +84,7 @@ def test_weights_of_another_model(finished, tmp_path):
     c = fresh(config)
     c.init_from, c.model.width = str(workdir), 32
     with pytest.raises(UserError, match='is of another model'):
-        trainer.pretrain(c, tmp_path)
+        pretrain.run(c, tmp_path)
 
 
 def test_a_teacher_comes_with_the_weights(tmp_path):

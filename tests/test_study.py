@@ -10,11 +10,12 @@ import pytest
 from etils import epath
 
 from configs import study_mae, study_simmim
-from mto_jax import job, methods, study, trainer
-from mto_jax.analysis import speed, study_report
+from mto_jax import methods
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
-from mto_jax.training import feed
+from mto_jax.studies import report, speed, study
+from mto_jax.tasks import pretrain
+from mto_jax.training import feed, job
 from mto_jax.training.loop import Record, fit
 
 INF = float('inf')
@@ -44,7 +45,7 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
     assert Terms.steps == [5, training.total] == [5, 9]
     for i, seed in enumerate((4, 5)):
         config.seed = seed
-        state = trainer.pretrain(config, tmp_path / str(seed))
+        state = pretrain.run(config, tmp_path / str(seed))
 
         def compare(path, a, b):
             # A key bias has a gradient of exactly zero, whose rounding Adam blows up.
@@ -179,7 +180,7 @@ def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
     assert study.read(table) == rows
 
     monkeypatch.setattr('sys.argv', ['report', str(tmp_path)])
-    study_report.main()
+    report.main()
     assert '| mto | 2 |' in (tmp_path / 'table.md').read_text()
     assert (tmp_path / 'table.png').stat().st_size > 10_000
 
@@ -245,7 +246,7 @@ def test_report_by_hand(tmp_path):
                     rows.append(row | {'het': '0.9 0.8', 'step_seconds': 0.1 + gain})
     rows += [r | {'epoch': 0.0, 'linear': 0.6, 'knn': 0.6, 'het': None} for r in rows if r['variant'] == 'baseline']
     study.append(tmp_path / 'a.csv', rows)
-    study_report.write(tmp_path / 'a.csv')
+    report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     # It starts above where the baseline ends; areas over epochs 2 to 4, above .6: (.136 + .146) over (.111 + .121).
     assert f'| better, too | linear probe | at most 0.25 (at most 0.25 to at most 0.25) | {0.282 / 0.232:.2f} |' in text
@@ -255,7 +256,7 @@ def test_report_by_hand(tmp_path):
     # One seed that was measured at the end only: it counts there, and not in the areas.
     (tmp_path / 'a.csv').unlink()
     study.append(tmp_path / 'a.csv', [r for r in rows if r['seed'] != 2 or r['epoch'] == r['budget']])
-    study_report.write(tmp_path / 'a.csv')
+    report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     assert f' | {0.281 / 0.231:.2f} |' in text
     assert '| better, too | 3 | 74.6 |' in text
@@ -263,7 +264,7 @@ def test_report_by_hand(tmp_path):
     shift = {1.0: 0.03, 2.0: -0.01, 4.0: -0.01}
     second = [r | {'variant': 'baseline, slower', 'linear': r['linear'] + shift[r['budget']]} for r in rows]
     study.append(tmp_path / 'a.csv', [r for r, o in zip(second, rows, strict=True) if o['variant'] == 'baseline'])
-    study_report.write(tmp_path / 'a.csv')
+    report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     assert '| better, too | 3 | 72.6 | -0.5 ± 0.0 |' in text  # at the first budget
     assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 |' in text  # at the last
@@ -290,10 +291,10 @@ def test_two_definitions_of_heterogeneity_are_never_mixed(tmp_path, monkeypatch)
         ('newer', True, False),
     }
     figures = []
-    monkeypatch.setattr(study_report.Figure, 'savefig', lambda self, *_, **__: figures.append(self))
-    study_report.write(table)
+    monkeypatch.setattr(report.Figure, 'savefig', lambda self, *_, **__: figures.append(self))
+    report.write(table)
     panels = {a.get_title(): {n.get_label(): n.get_ydata() for n in a.get_lines()} for a in figures[0].axes}
-    shown = [{k: list(v) for k, v in panels[t].items() if len(v)} for t in study_report.HETEROGENEITY.values()]
+    shown = [{k: list(v) for k, v in panels[t].items() if len(v)} for t in report.HETEROGENEITY.values()]
     mean = pytest.approx([0.8, 0.7, 0.6])
     assert shown == [{'baseline': mean, 'newer': mean}, {'older': mean}]
     assert '`het_own`' in table.with_suffix('.md').read_text()

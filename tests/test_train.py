@@ -16,13 +16,16 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, job, methods, objective, optim, parallel, schedules, tasks, train_state, trainer
+from mto_jax import methods, tasks
 from mto_jax.attention import Conditioning, DotProduct
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
-from mto_jax.metrics import read_history
 from mto_jax.models import vit
 from mto_jax.models.layers import Block, trunc_normal_one_std
+from mto_jax.runtime import parallel
+from mto_jax.runtime.log import read_history
+from mto_jax.tasks import pretrain
+from mto_jax.training import checkpoint, job, objective, optim, schedules, train_state
 from tests import toy_method
 from tests.conftest import shrink
 
@@ -198,11 +201,11 @@ def test_resume_is_bitwise(config, tmp_path, devices):
     config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
     config.model.drop_path, config.checkpoints.every, config.checkpoints.keep = 0.2, 3, 9
     config.mesh.data = devices
-    whole = trainer.pretrain(config, tmp_path / 'whole')
+    whole = pretrain.run(config, tmp_path / 'whole')
     shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
     for step in (6, 8):
         shutil.rmtree(tmp_path / 'part' / 'checkpoints' / str(step))
-    again = trainer.pretrain(config, tmp_path / 'part')
+    again = pretrain.run(config, tmp_path / 'part')
     assert int(again.step) == 8
     assert same(whole, again)
     terms = [
@@ -215,7 +218,7 @@ def test_the_last_step_is_always_saved(config, tmp_path):
     """Also where nothing else is asked for; and a run that ended before its first save leaves no rows to the next."""
     config.checkpoints.every = config.diagnose_every = 0
     (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "loss": 9.0}\n')
-    trainer.pretrain(config, tmp_path)
+    pretrain.run(config, tmp_path)
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()] == ['8']
     rows = read_history(tmp_path)
     assert [r['step'] for r in rows] == [3, 6, 8]
@@ -226,11 +229,11 @@ def test_resume_on_other_devices(config, tmp_path, capsys):
     """From 8 devices (data 2 x fsdp 4) at step 4 to 4 devices: the right step and data, parameters up to rounding."""
     config.mto.enabled, config.mto.w_e, config.mto.w_r = True, 0.1, 1.0
     config.checkpoints.every, config.mesh.data, config.mesh.fsdp = 4, 2, 4
-    whole = trainer.pretrain(config, tmp_path)
+    whole = pretrain.run(config, tmp_path)
     shutil.rmtree(tmp_path / 'checkpoints' / '8')
     capsys.readouterr()
     config.mesh.data, config.mesh.fsdp = 4, 1
-    again = trainer.pretrain(config, tmp_path)
+    again = pretrain.run(config, tmp_path)
     shown = capsys.readouterr().out
     assert 'resuming at step 4' in shown
     assert 'devices.mesh: data 2 x fsdp 4 x tensor 1 then, data 4 x fsdp 1 x tensor 1 now' in shown
@@ -242,26 +245,26 @@ def test_resume_on_other_devices(config, tmp_path, capsys):
 
 
 def test_a_finished_run_is_not_trained_again(config, tmp_path):
-    first = trainer.pretrain(config, tmp_path)
-    again = trainer.pretrain(config, tmp_path)
+    first = pretrain.run(config, tmp_path)
+    again = pretrain.run(config, tmp_path)
     assert same(first, again)
 
 
 def test_another_config_is_refused(config, tmp_path):
-    trainer.pretrain(config, tmp_path)
+    pretrain.run(config, tmp_path)
     config.optim.base_lr, config.log_every = 1.0, 1
     with pytest.raises(UserError, match=r'(?s)optim.base_lr: 0.00015 there, 1.0 now.*resume_anyway') as e:
-        trainer.pretrain(config, tmp_path)
+        pretrain.run(config, tmp_path)
     assert 'log_every' not in str(e.value)
     config.resume_anyway = True
-    trainer.pretrain(config, tmp_path)
+    pretrain.run(config, tmp_path)
 
 
 def test_another_model_is_refused(config, tmp_path):
-    trainer.pretrain(config, tmp_path)
+    pretrain.run(config, tmp_path)
     config.model.width, config.resume_anyway = 24, True
     with pytest.raises(UserError, match=r'(?s)another model.*\(16, 8\).*\(24, 8\)'):
-        trainer.pretrain(config, tmp_path)
+        pretrain.run(config, tmp_path)
 
 
 @pytest.mark.parametrize('restarts', [False, True])
@@ -292,7 +295,7 @@ def test_the_best_is_the_checkpoint_that_was_evaluated(config, tmp_path, monkeyp
     scores = iter([0.9, 0.1])
     monkeypatch.setattr(probes, 'probe', lambda *args: {f'knn_{k}': next(scores) for k in config.eval.knn_k[-1:]})
     config.checkpoints.every, config.checkpoints.keep, config.eval.every_epochs = 3, 1, 1.0
-    trainer.pretrain(config, tmp_path)
+    pretrain.run(config, tmp_path)
     kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
     assert kept == [4, 8]
 
@@ -338,7 +341,7 @@ def test_advice_after_divergence_can_be_followed(config, tmp_path, step):
     with pytest.MonkeyPatch.context() as m:
         diverge_at(step, m)
         with pytest.raises(UserError, match=f'not finite at step {step}') as e:
-            trainer.pretrain(config, tmp_path)
+            pretrain.run(config, tmp_path)
         cures = re.findall(r'--config\.(?!resume)\S+\w', str(e.value))
         assert [c.partition('=')[0] for c in cures] == [
             f'--config.{n}' for n in ('optim.clip_norm', 'optim.base_lr', 'model.dtype')
@@ -347,17 +350,17 @@ def test_advice_after_divergence_can_be_followed(config, tmp_path, step):
             changed = tmp_path.parent / 'changed'
             shutil.copytree(tmp_path, changed)
             with pytest.raises(UserError, match='holds a run with another config'):
-                trainer.pretrain(follow(config, cure), changed)
+                pretrain.run(follow(config, cure), changed)
             with pytest.raises(UserError, match='not finite'):
-                trainer.pretrain(follow(config, f'{cure} --config.resume_anyway=True'), changed)
+                pretrain.run(follow(config, f'{cure} --config.resume_anyway=True'), changed)
             shutil.rmtree(changed)
     worse = follow(config, '--config.model.width=24 --config.resume_anyway=True')
     if step == 5:
         with pytest.raises(UserError, match='another model'):
-            trainer.pretrain(worse, tmp_path)
-        trainer.pretrain(config, tmp_path)
+            pretrain.run(worse, tmp_path)
+        pretrain.run(config, tmp_path)
     else:
-        trainer.pretrain(worse, tmp_path)  # nothing was saved, so nothing is refused
+        pretrain.run(worse, tmp_path)  # nothing was saved, so nothing is refused
 
 
 @pytest.mark.slow
@@ -379,14 +382,14 @@ def test_advice_without_memory_can_be_followed(config, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(job.Job, 'step', step)
         with pytest.raises(UserError, match='out of device memory') as e:
-            trainer.pretrain(config, tmp_path)
+            pretrain.run(config, tmp_path)
     text = str(e.value)
     ways = ['--config.accumulate=2', '--config.model.remat=True', '--config.mesh.fsdp=-1 --config.mesh.data=1']
     assert '--config.resume_anyway=True' in text
     for way in ways:
         assert way in text
         shutil.copytree(tmp_path, tmp_path.parent / 'resumed')
-        trainer.pretrain(follow(config, f'{way} --config.resume_anyway=True'), tmp_path.parent / 'resumed')
+        pretrain.run(follow(config, f'{way} --config.resume_anyway=True'), tmp_path.parent / 'resumed')
         shutil.rmtree(tmp_path.parent / 'resumed')
 
 
@@ -402,15 +405,15 @@ def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as m:
         poison(m, at_step_five)
         with pytest.raises(UserError, match=r'not finite at step 5: grad_norm, loss, param_norm.*checkpoints/4'):
-            trainer.pretrain(config, tmp_path)
+            pretrain.run(config, tmp_path)
     assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [2, 4]
-    assert int(trainer.pretrain(config, tmp_path).step) == 8
+    assert int(pretrain.run(config, tmp_path).step) == 8
     assert 'resuming at step 4' in capsys.readouterr().out
 
 
 def test_pictures_and_metrics(config, tmp_path):
     config.eval.every_epochs = 1.0
-    trainer.pretrain(config, tmp_path)
+    pretrain.run(config, tmp_path)
     for name in ('curves.png', 'heterogeneity.png', 'reconstructions.png'):
         assert (tmp_path / name).stat().st_size > 5000
     assert list(tmp_path.glob('events.out.tfevents.*'))
@@ -437,7 +440,7 @@ def test_shipped_configs_run_two_steps(name, tmp_path):
 
 
 def test_probe_configs_read_a_checkpoint(config, tmp_path):
-    trainer.pretrain(config, tmp_path / 'run')
+    pretrain.run(config, tmp_path / 'run')
     for name in ('knn', 'linear'):
         c = importlib.import_module(f'configs.{name}').get_config()
         c.checkpoint, c.eval.batch_size, c.eval.linear_steps = str(tmp_path / 'run'), 32, 20
@@ -458,12 +461,12 @@ def test_custom_method(config, tmp_path):
     config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
     config.epochs, config.optim.base_lr, config.optim.warmup_epochs, config.accumulate = 4.0, 1e-2, 1.0, 2
     config.eval.every_epochs = 2.0
-    whole = trainer.pretrain(config, tmp_path / 'whole')
+    whole = pretrain.run(config, tmp_path / 'whole')
     colour = [r['colour'] for r in read_history(tmp_path / 'whole') if 'colour' in r]
     assert colour[-1] < 0.9 * colour[0]
     shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
     shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '16')
-    assert same(whole, trainer.pretrain(config, tmp_path / 'part'))
+    assert same(whole, pretrain.run(config, tmp_path / 'part'))
     assert not same(whole.params['encoder'], whole.model_state['teacher']['encoder'])
     rows = read_history(tmp_path / 'whole')
     assert [r['feature_weight'] for r in rows if 'feature_weight' in r][-1] == 1.0
@@ -510,13 +513,13 @@ def test_a_model_state_that_is_not_finite_stops(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(toy_method.Toy, 'after_update', broken)
     with pytest.raises(UserError, match=r'not finite at step 3: model_state_norm.*checkpoints/2'):
-        trainer.pretrain(config, tmp_path)
+        pretrain.run(config, tmp_path)
 
 
 def test_a_teacher_is_asked_for_where_there_is_none(config, tmp_path):
     config.eval.weights = 'teacher'
     with pytest.raises(UserError, match=r"eval\.weights is 'teacher', but the method has no teacher"):
-        trainer.pretrain(config, tmp_path)
+        pretrain.run(config, tmp_path)
 
 
 def test_quickstart_config_compares(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from mto_jax.workdir import write
+from mto_jax.runtime.workdir import write
 
 BLOCK_TERMS = {
     'het': 'heterogeneity (attention entropy per head)',

@@ -16,9 +16,9 @@ from mto_jax.analysis import page
 from mto_jax.analysis.plots import block_terms
 from mto_jax.analysis.runs import LOSSES, MEASURED, Run, best, load, losses, measured, probes
 from mto_jax.errors import UserError
-from mto_jax.hosts import flatten
-from mto_jax.metrics import say
-from mto_jax.workdir import write
+from mto_jax.runtime.hosts import flatten
+from mto_jax.runtime.log import say
+from mto_jax.runtime.workdir import write
 
 
 def run(config, workdir: epath.Path) -> epath.Path:

@@ -7,9 +7,9 @@ import numpy as np
 from etils import epath
 
 from mto_jax.errors import UserError
-from mto_jax.hosts import flatten
-from mto_jax.metrics import read_history
-from mto_jax.workdir import read_json
+from mto_jax.runtime.hosts import flatten
+from mto_jax.runtime.log import read_history
+from mto_jax.runtime.workdir import read_json
 
 # Logged terms that are no losses: what they are, and the unit of their axis.
 MEASURED = {

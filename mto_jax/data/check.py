@@ -8,7 +8,7 @@ from etils import epath
 
 from mto_jax.data import pipeline, sources
 from mto_jax.errors import UserError
-from mto_jax.workdir import write
+from mto_jax.runtime.workdir import write
 
 
 def run(config, workdir: epath.Path) -> list[str]:

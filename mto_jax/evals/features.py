@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mto_jax import parallel
 from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.methods import Method
-from mto_jax.train_state import TrainState
+from mto_jax.runtime import parallel
+from mto_jax.training.train_state import TrainState
 
 FEATURES = ('mean', 'class')
 

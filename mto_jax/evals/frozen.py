@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mto_jax.errors import UserError
-from mto_jax.evals import knn, linear
+from mto_jax.evals import knn, logistic
 
 PROBES = ('knn', 'linear')
 
@@ -31,7 +31,7 @@ def accuracies(
         found = knn.accuracy(*arrays, ks=config.knn_k, temperature=config.knn_temperature, num_classes=num_classes)
         out |= {f'knn_{k}': value for k, value in found.items()}
     if 'linear' in probes:
-        out['linear'], out['linear_l2'] = linear.accuracy(
+        out['linear'], out['linear_l2'] = logistic.accuracy(
             *arrays, l2=tuple(config.linear_l2), steps=config.linear_steps, num_classes=num_classes
         )
     return out

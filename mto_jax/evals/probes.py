@@ -9,14 +9,16 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, hosts, methods, parallel
+from mto_jax import methods
 from mto_jax.config import FIELDS
 from mto_jax.config import check as check_config
 from mto_jax.data import order, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen
-from mto_jax.metrics import say
-from mto_jax.workdir import write
+from mto_jax.runtime import hosts, parallel
+from mto_jax.runtime.log import say
+from mto_jax.runtime.workdir import write
+from mto_jax.training import checkpoint
 
 
 def probe(encode: Callable, params, config, mesh, split: str, probes=frozen.PROBES) -> dict[str, float]:

@@ -10,10 +10,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mto_jax import losses, parallel
+from mto_jax import losses
 from mto_jax.attention import Attend, Conditioning, DotProduct
 from mto_jax.models import position
 from mto_jax.models.layers import Block, flat_xavier, layer_norm, trunc_normal_one_std
+from mto_jax.runtime import parallel
 
 # depth, width, heads
 SIZES = {

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mto_jax import train_state
 from mto_jax.errors import UserError
-from mto_jax.job import Job
-from mto_jax.train_state import Meter, TrainState
+from mto_jax.training import train_state
+from mto_jax.training.job import Job
+from mto_jax.training.train_state import Meter, TrainState
 
 
 class Streamed:

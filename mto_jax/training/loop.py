@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mto_jax.metrics import say
-from mto_jax.preemption import Preempted
-from mto_jax.train_state import Meter, TrainState
+from mto_jax.runtime.log import say
+from mto_jax.runtime.preemption import Preempted
+from mto_jax.training.train_state import Meter, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,12 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax.checkpoint import Checkpointer
 from mto_jax.errors import UserError
-from mto_jax.job import Job
-from mto_jax.metrics import Log, Progress, say
-from mto_jax.train_state import Meter, TrainState
+from mto_jax.runtime.log import Log, Progress, say
+from mto_jax.training.checkpoint import Checkpointer
+from mto_jax.training.job import Job
 from mto_jax.training.loop import Record, Seen, every
+from mto_jax.training.train_state import Meter, TrainState
 
 # What a changed field that matters needs where there is something to resume.
 RESUME = 'where there is a checkpoint, add --config.resume_anyway=True'

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint
-from mto_jax.checkpoint import Checkpointer
 from mto_jax.errors import UserError
-from mto_jax.metrics import say
-from mto_jax.train_state import TrainState
-from mto_jax.workdir import differences, listed
+from mto_jax.runtime.log import say
+from mto_jax.runtime.workdir import differences, listed
+from mto_jax.training import checkpoint
+from mto_jax.training.checkpoint import Checkpointer
+from mto_jax.training.train_state import TrainState
 
 
 def begin(config: ConfigDict, create: Callable[[], TrainState], sharding: Any, saver: Checkpointer) -> TrainState:

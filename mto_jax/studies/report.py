@@ -1,6 +1,6 @@
-"""Tables and pictures of studies: `python -m mto_jax.analysis.study_report docs/results`.
+"""Tables and pictures of studies: `python -m mto_jax.studies.report docs/results`.
 
-Every `<name>.csv` of the folder, as `mto_jax.study` writes it, becomes `<name>.md` and `<name>.png` beside it. Only
+Every `<name>.csv` of the folder, as `mto_jax.studies` writes it, becomes `<name>.md` and `<name>.png` beside it. Only
 seeds that a variant shares with the baselines are compared: with `baseline`, and with every variant whose name begins
 so, such as the baseline at the method's learning rate. Of several, the one that is better on a metric at a budget is
 what others must beat there.
@@ -14,8 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mto_jax import study
-from mto_jax.analysis import speed
+from mto_jax.studies import speed, study
 
 METRICS = {'linear': 'linear probe', 'knn': 'kNN', 'finetune': 'fine-tuning'}
 # Columns of heterogeneity: each is of one definition and has a panel of its own. Studies write the first; older tables
@@ -163,7 +162,7 @@ def write(path: Path) -> None:
     random = ', '.join(f'{title} {100 * table.random(m):.1f}' for m, title in list(METRICS.items())[:2])
     best = 'the better of the baselines at the budget' if len(table.baselines) > 1 else study.BASELINE
     text = [
-        f'Made from {path.name} by `python -m mto_jax.analysis.study_report`. Accuracies in percent, differences in',
+        f'Made from {path.name} by `python -m mto_jax.studies.report`. Accuracies in percent, differences in',
         f'points from {best} over paired seeds, with 95% t intervals.',
         f'An untrained network: {random}.',
     ]

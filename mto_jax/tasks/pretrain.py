@@ -12,21 +12,22 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, cpu, environment, hosts, job, parallel, preemption, schedules, train_state
 from mto_jax.analysis import plots, report
 from mto_jax.data import pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
-from mto_jax.metrics import describe_params, read_history, say
-from mto_jax.train_state import TrainState
+from mto_jax.runtime import cpu, environment, hosts, parallel, preemption
+from mto_jax.runtime.log import describe_params, read_history, say
+from mto_jax.runtime.workdir import hold, record, require_same
+from mto_jax.training import checkpoint, job, schedules, train_state
 from mto_jax.training.feed import Streamed
 from mto_jax.training.loop import Seen, Watch, every, fit
 from mto_jax.training.record import RESUME, Workdir
 from mto_jax.training.start import begin
-from mto_jax.workdir import hold, record, require_same
+from mto_jax.training.train_state import TrainState
 
 
-def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def run(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """Pre-train as `config` says, resuming what `workdir` holds; returns the final state.
 
     Raises:

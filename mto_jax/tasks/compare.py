@@ -7,11 +7,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import hosts, methods, parallel, train_state, trainer
+from mto_jax import methods
 from mto_jax.analysis import plots, report
 from mto_jax.evals import features, probes
-from mto_jax.metrics import read_history, say
-from mto_jax.workdir import write
+from mto_jax.runtime import hosts, parallel
+from mto_jax.runtime.log import read_history, say
+from mto_jax.runtime.workdir import write
+from mto_jax.tasks import pretrain
+from mto_jax.training import train_state
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, float]]]:
@@ -21,10 +24,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     {row: one dict a seed}.
 
     Raises:
-      UserError: for a bad config or missing data, before anything is probed or trained, and as `trainer.pretrain`.
+      UserError: for a bad config or missing data, before anything is probed or trained, and as `pretrain.run`.
     """
     for enabled in (False, True):
-        mesh, *_, training = trainer.check(_setup(config, config.compare.seeds[0], enabled))
+        mesh, *_, training = pretrain.check(_setup(config, config.compare.seeds[0], enabled))
         probes.check(training.objective.method, config, mesh, config.data.test_split)
     workdir = epath.Path(workdir)
     results: dict[str, list[dict[str, float]]] = {}
@@ -49,7 +52,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
                 measure('random encoder', encode, params, setup)  # a teacher starts as the student
             say(f'--- {name}, seed {seed}')
             folders.append(workdir / f'seed{seed}' / (config.method + '_mto' * enabled))
-            state = trainer.pretrain(setup, folders[-1])
+            state = pretrain.run(setup, folders[-1])
             measure(name, encode, features.weights(state, setup.eval), setup)
 
     text = table(results, config.eval.knn_k[-1])

@@ -14,7 +14,7 @@ from etils import epath
 
 from mto_jax.config import FIELDS, field_of
 from mto_jax.errors import UserError
-from mto_jax.hosts import flatten
+from mto_jax.runtime.hosts import flatten
 
 BEAT = 15.0  # seconds between two signs of life of the job that holds a workdir
 STALE = 60.0  # seconds without one after which it counts as dead

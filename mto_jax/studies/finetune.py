@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mto_jax import job, parallel, schedules, train_state
 from mto_jax.data import augment, memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features
 from mto_jax.methods import Method
-from mto_jax.training import feed
+from mto_jax.runtime import parallel
+from mto_jax.training import feed, job, schedules, train_state
 from mto_jax.training.loop import fit
 
 

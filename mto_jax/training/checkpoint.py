@@ -21,11 +21,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mto_jax import hosts
 from mto_jax.errors import UserError
-from mto_jax.metrics import say
-from mto_jax.train_state import TrainState
-from mto_jax.workdir import read_json, write
+from mto_jax.runtime import hosts
+from mto_jax.runtime.log import say
+from mto_jax.runtime.workdir import read_json, write
+from mto_jax.training.train_state import TrainState
 
 NAME = 'checkpoints'  # of the folder in a workdir
 FORMAT = 2  # of what is saved; 1 had no model state and another tree of the optimizer

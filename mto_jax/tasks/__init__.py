@@ -6,15 +6,16 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import compare, hosts, trainer
 from mto_jax.analysis import report
 from mto_jax.config import check as check_fields
 from mto_jax.data import check
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
+from mto_jax.runtime import hosts
+from mto_jax.tasks import compare, pretrain
 
 TASKS: dict[str, Callable[[ConfigDict, epath.Path], object]] = {
-    'pretrain': trainer.pretrain,
+    'pretrain': pretrain.run,
     'knn': probes.run,
     'linear': probes.run,
     'compare': compare.run,

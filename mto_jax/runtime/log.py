@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from mto_jax import hosts
 from mto_jax.errors import UserError
-from mto_jax.workdir import write
+from mto_jax.runtime import hosts
+from mto_jax.runtime.workdir import write
 
 
 class Log:

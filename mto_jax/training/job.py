@@ -8,12 +8,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mto_jax import methods, optim, parallel, schedules, train_state
+from mto_jax import methods
 from mto_jax.config import check
 from mto_jax.data import order
 from mto_jax.methods import Clock
-from mto_jax.objective import Pretraining
-from mto_jax.train_state import Meter, TrainState
+from mto_jax.runtime import parallel
+from mto_jax.training import optim, schedules, train_state
+from mto_jax.training.objective import Pretraining
+from mto_jax.training.train_state import Meter, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a training will need on a TPU slice, without one: compiles its real step ahead of time.
 
-    python -m mto_jax.compile_tpu --config=configs/mae_mto.py:vit_l --topology=v5e:16x16 [--per_chip_batch=16,32]
+    python -m mto_jax.tools.compile_tpu --config=configs/mae_mto.py:vit_l --topology=v5e:16x16 [--per_chip_batch=16,32]
 
 Needs `libtpu` (requirements-tpu.txt), no hardware. Prints, for each batch, whether it fits, the bytes on a chip, the
 collectives, and an estimate of the step's time from the compiler's own cycle counts, which leave out what collectives
@@ -24,9 +24,12 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from mto_jax import cli, job, parallel, perf
+from mto_jax import cli
 from mto_jax.errors import UserError
-from mto_jax.train_state import Meter
+from mto_jax.runtime import parallel
+from mto_jax.tools import perf
+from mto_jax.training import job
+from mto_jax.training.train_state import Meter
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:8x8', 'Chip and slice: v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, ...')
 _BATCHES = flags.DEFINE_list('per_chip_batch', [], "Images a chip and step. Default: the config's batch_size, split.")

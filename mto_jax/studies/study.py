@@ -1,11 +1,11 @@
-"""Many short trainings in memory, compared: `python -m mto_jax.study --config=configs/study_<name>.py`.
+"""Many short trainings in memory, compared: `python -m mto_jax.studies --config=configs/study_<name>.py`.
 
 The grid is variants x budgets x seeds of `config.study`. Each run is a pre-training with the main job's method,
 objective, step and loop, on arrays that lie on the device, probed a few times on the way. Its rows go to
 `<workdir>/table.csv` once it is done; a run that is in the table is not run again, and one that was stopped resumes at
 its last evaluation. Several machines take shares of one grid (`config.study.index` of `config.study.count`); their
 tables are concatenated.
-`python -m mto_jax.analysis.study_report` makes tables and pictures of such tables.
+`python -m mto_jax.studies.report` makes tables and pictures of such tables.
 """
 
 import contextlib
@@ -25,15 +25,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax import checkpoint, cli, cpu, job, parallel, train_state
 from mto_jax.config import FIELDS, values
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
-from mto_jax.evals import features, finetune, frozen
-from mto_jax.training import feed
+from mto_jax.evals import features, frozen
+from mto_jax.runtime import cpu, parallel
+from mto_jax.runtime.workdir import hold
+from mto_jax.studies import finetune
+from mto_jax.training import checkpoint, feed, job, train_state
 from mto_jax.training.loop import Record, Seen, Watch, fit
 from mto_jax.training.start import initialised
-from mto_jax.workdir import hold
 
 BASELINE = 'baseline'  # the variant that others are compared with
 COLUMNS = (
@@ -305,7 +306,3 @@ def append(table: Path, rows: Sequence[dict]) -> None:
         writer.writerow([f'{v:.5g}' if isinstance(v, float) else v for v in cells])
     with table.open('a') as f:
         f.write(lines.getvalue())
-
-
-if __name__ == '__main__':
-    cli.start(run)

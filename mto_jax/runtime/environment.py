@@ -18,7 +18,7 @@ PACKAGES += ('tensorflow-datasets', 'libtpu')
 def code_hash() -> str:
     """Twelve characters that differ between two states of this package's source."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
     for path in sorted(root.rglob('*.py')):
         digest.update(str(path.relative_to(root)).encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()[:12]

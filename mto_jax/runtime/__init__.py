@@ -1,0 +1,1 @@
+"""Processes, devices, folders: what a run needs of its machine."""

@@ -1,0 +1,1 @@
+"""Looking at programs: compiled ahead for TPUs, and counted."""
