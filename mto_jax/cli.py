@@ -49,7 +49,7 @@ def _parse(argv):
         return rest
     except (AttributeError, KeyError) as e:
         words = ' '.join(str(e.args[0]).split())
-        _stop(f'unknown config field: {words}; configs/base.py lists all fields')
+        _stop(f'unknown config field: {words}; mto_jax/config.py lists all fields')
     except (flags.Error, OSError) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         _stop(lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}')

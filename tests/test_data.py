@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from mto_jax.data import augment, order, pipeline, sources
 from mto_jax.errors import UserError
+from mto_jax.runtime import parallel
 
 COUNT = 37
 
@@ -95,7 +96,7 @@ def test_evaluation_sees_every_example_once(data, size):
 def test_processes_read_parts_of_an_epoch(data, shares):
     """Random access: the rows of one and the same global batch. Sequential: shares that have no example in common."""
     source = sources.open_source(data, 'train')
-    parts = [order.Part(np.arange(8)[i::shares], i, shares) for i in range(shares)]
+    parts = [parallel.Part(np.arange(8)[i::shares], i, shares) for i in range(shares)]
     whole = batches(data, 0, 8)
     for start in (0, 2, 5):
         read = [list(pipeline.train_batches(source, data, 8, 0, start, 8, p)) for p in parts]
@@ -122,7 +123,7 @@ def test_processes_evaluate_every_example_once(data, size):
     """Also where the last batch holds nothing for a process: all have as many batches, for they work in step."""
     source = sources.open_source(data, 'train')
     rows = np.arange(size)
-    parts = [order.Part(rows[: size // 2], 0, 2), order.Part(rows[size // 2 :], 1, 2)]
+    parts = [parallel.Part(rows[: size // 2], 0, 2), parallel.Part(rows[size // 2 :], 1, 2)]
     seen = [list(pipeline.eval_batches(source, data, size, 0, p)) for p in parts]
     assert len(seen[0]) == len(seen[1])
     together = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*seen, strict=True)]

@@ -18,9 +18,9 @@ from configs import base
 from mto_jax import methods, tasks
 from mto_jax.data import memory
 from mto_jax.errors import UserError
-from mto_jax.evals import features, knn, logistic, probes
+from mto_jax.evals import features, knn, logistic
 from mto_jax.studies import finetune
-from mto_jax.tasks import pretrain
+from mto_jax.tasks import pretrain, probe
 from mto_jax.training import checkpoint, feed, optim
 from tests.conftest import shrink
 
@@ -306,10 +306,10 @@ def test_evaluations_refuse_other_fields(trained, tmp_path, field, value):
     assert not (tmp_path / 'w').exists()
     full = short_pretraining()
     full.task, full.checkpoint = 'knn', str(trained)
-    assert probes.recorded(full).task == 'knn'
+    assert probe.recorded(full).task == 'knn'
     full.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=re.escape(field)):
-        probes.recorded(full)
+        probe.recorded(full)
 
 
 def test_bad_values_of_evaluations_are_named(trained, tmp_path):

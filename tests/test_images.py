@@ -13,8 +13,9 @@ from PIL import Image
 
 from configs import mae_mto, simmim
 from mto_jax import tasks
-from mto_jax.data import check, folder, order, pipeline, sources
+from mto_jax.data import check, folder, pipeline, sources
 from mto_jax.errors import UserError
+from mto_jax.runtime import parallel
 from mto_jax.tasks import pretrain
 
 PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
@@ -265,7 +266,7 @@ def test_bad_images_are_replaced_the_same_way_everywhere(mixed, capfd):
     for a, b in zip(whole[2:], pipeline.train_batches(source, data, 8, 0, 2, 3), strict=True):
         np.testing.assert_array_equal(a['image'], b['image'])
     for share in range(2):
-        part = order.Part(np.arange(8)[share::2], share, 2)
+        part = parallel.Part(np.arange(8)[share::2], share, 2)
         for a, b in zip(whole, pipeline.train_batches(source, data, 8, 0, 0, 3, part), strict=True):
             np.testing.assert_array_equal(a['image'][part.rows], b['image'])
     evaluated = list(pipeline.eval_batches(source, data, 8))

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mto_jax.data.order import whole
 from mto_jax.errors import UserError
 from mto_jax.runtime import parallel
+from mto_jax.runtime.parallel import whole
 from mto_jax.training import job, train_state
 from mto_jax.training.train_state import Meter
 

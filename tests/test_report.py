@@ -123,7 +123,7 @@ def test_every_logged_term_has_its_picture(runs):
 def test_fields_that_are_not_the_default_come_first(runs):
     text = (runs[0] / 'report.html').read_text()
     default, given = (flatten(json.loads(json.dumps(c))) for c in (base.get_config().to_dict(), config_of(runs[0])))
-    changed = fields(between(text, 'What differs from configs/base.py', '<details>'))
+    changed = fields(between(text, 'What differs from the defaults', '<details>'))
     assert changed == [n for n in given if given[n] != default[n]]
     assert 'mto.w_r' in changed
     assert 'mask_ratio' not in changed

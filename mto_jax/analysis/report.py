@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from mto_jax.analysis import page
 from mto_jax.analysis.plots import block_terms
 from mto_jax.analysis.runs import LOSSES, MEASURED, Run, best, load, losses, measured, probes
+from mto_jax.config import get_config
 from mto_jax.errors import UserError
 from mto_jax.runtime.hosts import flatten
 from mto_jax.runtime.log import say
@@ -221,14 +222,11 @@ def _heterogeneity(runs):
 def _config(runs):
     if len(runs) > 1:
         return _compared(runs, lambda r: r.config, 'the config')
-    # Here and not above: only a report needs to know the schema's defaults.
-    from configs import base
-
-    defaults = flatten(json.loads(json.dumps(base.get_config().to_dict())))
+    defaults = flatten(json.loads(json.dumps(get_config().to_dict())))
     given = runs[0].config
     rows = [[n, _show(v), _show(defaults.get(n))] for n, v in given.items() if n not in defaults or v != defaults[n]]
     changed = page.plain_table(['field', 'this run', 'default'], rows)
-    return page.note('What differs from configs/base.py:') + changed + _all(runs, lambda r: r.config)
+    return page.note('What differs from the defaults:') + changed + _all(runs, lambda r: r.config)
 
 
 def _compared(runs, get: Callable[[Run], Mapping[str, Any]], what: str):

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from mto_jax.data.order import Part, split_range, stratified
+from mto_jax.data.order import split_range, stratified
 from mto_jax.errors import UserError
+from mto_jax.runtime.parallel import Part
 
 NAME = 'folder'
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')

@@ -1,11 +1,11 @@
 """Small data sets as whole arrays: for training that never leaves the device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mto_jax.data.order import split_range
+from mto_jax.data.order import padded, split_range
 from mto_jax.errors import UserError
 
 
@@ -51,10 +51,3 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[dict[
     """Every example once, in batches as `pipeline.eval_batches` yields them."""
     for i in range(0, len(images), size):
         yield padded({'image': images[i : i + size], 'label': labels[i : i + size]}, size)
-
-
-def padded(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """A batch of at most `size` examples padded with zeros to `size`; 'valid', bool (size,), says which are real."""
-    count = len(batch['label'])
-    out = {k: np.pad(v, ((0, size - count), *[(0, 0)] * (v.ndim - 1))) for k, v in batch.items()}
-    return out | {'valid': np.arange(size) < count}

@@ -1,6 +1,5 @@
-"""Which examples are seen, and in which order: slices, subsets, and the batches of a seed and step."""
+"""Which examples are seen, and in which order: slices, subsets, the batches of a seed and step; padding the last."""
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 
@@ -50,25 +49,6 @@ def subset(num_examples: int, count: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, num_examples]).permutation(num_examples)[:count])
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What one process reads of every global batch.
-
-    Attributes:
-      rows: int64, ascending: the rows of the batch that lie on its devices.
-      share, shares: of the data, for formats without random access, where each process reads files of its own.
-    """
-
-    rows: np.ndarray
-    share: int = 0
-    shares: int = 1
-
-
-def whole(batch_size: int) -> Part:
-    """Everything, as a single process reads it."""
-    return Part(np.arange(batch_size))
-
-
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Full batches in an epoch.
 
@@ -92,3 +72,10 @@ def batch_positions(num_examples: int, batch_size: int, seed: int, start: int, s
             order = np.random.default_rng([seed, epoch]).permutation(num_examples)
         offset = step % per_epoch * batch_size
         yield order[offset : offset + batch_size]
+
+
+def padded(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """A batch of at most `size` examples padded with zeros to `size`; 'valid', bool (size,), says which are real."""
+    count = len(batch['label'])
+    out = {k: np.pad(v, ((0, size - count), *[(0, 0)] * (v.ndim - 1))) for k, v in batch.items()}
+    return out | {'valid': np.arange(size) < count}

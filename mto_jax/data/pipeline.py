@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
-from mto_jax.data.memory import padded
-from mto_jax.data.order import Part, batch_positions, steps_per_epoch, subset, whole
+from mto_jax.data.order import batch_positions, padded, steps_per_epoch, subset
 from mto_jax.data.sources import Source
 from mto_jax.errors import UserError
+from mto_jax.runtime.parallel import Part, whole
 
 Batch = Mapping[str, np.ndarray]
 CROP_TRIES = 10

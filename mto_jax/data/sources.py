@@ -14,8 +14,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from mto_jax.data import folder
-from mto_jax.data.order import Part
 from mto_jax.errors import UserError
+from mto_jax.runtime.parallel import Part
 
 # TensorFlow feeds the host pipeline only; the accelerator is jax's.
 tf.config.set_visible_devices([], 'GPU')

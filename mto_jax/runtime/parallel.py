@@ -4,6 +4,7 @@ Axes: 'data' splits the batch; 'fsdp' splits the batch too, and every large para
 largest divisible dimension; 'tensor' splits heads and MLP. All is `jax.jit` with shardings, what `pjit` became.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mto_jax.data.order import Part
 from mto_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -126,6 +126,25 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one process reads of every global batch.
+
+    Attributes:
+      rows: int64, ascending: the rows of the batch that lie on its devices.
+      share, shares: of the data, for formats without random access, where each process reads files of its own.
+    """
+
+    rows: np.ndarray
+    share: int = 0
+    shares: int = 1
+
+
+def whole(batch_size: int) -> Part:
+    """Everything, as a single process reads it."""
+    return Part(np.arange(batch_size))
 
 
 def local_part(batch_size: int, mesh: Mesh) -> Part:

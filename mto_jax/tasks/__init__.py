@@ -10,14 +10,13 @@ from mto_jax.analysis import report
 from mto_jax.config import check as check_fields
 from mto_jax.data import check
 from mto_jax.errors import UserError
-from mto_jax.evals import probes
 from mto_jax.runtime import hosts
-from mto_jax.tasks import compare, pretrain
+from mto_jax.tasks import compare, pretrain, probe
 
 TASKS: dict[str, Callable[[ConfigDict, epath.Path], object]] = {
     'pretrain': pretrain.run,
-    'knn': probes.run,
-    'linear': probes.run,
+    'knn': probe.run,
+    'linear': probe.run,
     'compare': compare.run,
     'check': check.run,
     'report': report.run,
@@ -40,6 +39,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     hosts.start(config.hosts)
     if config.task == 'check' and config.method is None:  # an evaluation's --check: of the data it would read
-        config = probes.recorded(config)
+        config = probe.recorded(config)
         config.data.val_split = config.data.test_split
     return TASKS[config.task](config, epath.Path(workdir))
