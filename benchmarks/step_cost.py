@@ -17,6 +17,7 @@ from mto_jax import cli
 from mto_jax.data import memory, order
 from mto_jax.runtime import cpu
 from mto_jax.studies import study
+from mto_jax.studies.table import BASELINE
 from mto_jax.training import feed, job
 
 ROUNDS, STEPS = 7, 40
@@ -51,7 +52,7 @@ def measure(config, workdir):
             begun = time.perf_counter()
             next(each)
             seconds[name].append((time.perf_counter() - begun) / STEPS)
-    base = seconds[study.BASELINE]
+    base = seconds[BASELINE]
     print('| variant | seconds a step | relative to the baseline |\n|---|---|---|')
     for name, found in seconds.items():
         ratios = [f / b for f, b in zip(found, base, strict=True)]

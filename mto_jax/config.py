@@ -193,7 +193,7 @@ FIELDS: dict[str, Field] = {
     'mesh.data': shows(-1, own=True),  # splits the batch
     'mesh.fsdp': shows(1, own=True),  # splits the batch, and parameters with their optimizer state
     'mesh.tensor': shows(1, own=True),  # splits heads and MLP
-    # see mto_jax/hosts.py
+    # see mto_jax/runtime/hosts.py
     # 'auto' finds a TPU slice's or a SLURM step's hosts; host:port; '' for one host
     'hosts.coordinator': shows('auto', own=True),
     'hosts.count': shows(1, own=True),  # with host:port: the number of hosts, and this one's own number from 0

@@ -14,6 +14,7 @@ from mto_jax import methods
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.studies import report, speed, study
+from mto_jax.studies.table import COLUMNS, append, read
 from mto_jax.tasks import pretrain
 from mto_jax.training import feed, job
 from mto_jax.training.loop import Record, fit
@@ -165,7 +166,7 @@ def two_runs(config):
 
 def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
     table = study.run(two_runs, epath.Path(tmp_path))  # as the command line passes it
-    rows = study.read(table)
+    rows = read(table)
     # Two variants x two seeds x two evaluations, and the untrained networks of the baseline's run.
     assert len(rows) == 2 * 2 * 2 + 2
     assert all(0 < float(r['linear']) <= 1 and float(r['reconstruction']) > 0 for r in rows)
@@ -177,7 +178,7 @@ def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, '_train', None)
     study.run(two_runs, tmp_path)
     assert capsys.readouterr().out.count('in the table') == 2
-    assert study.read(table) == rows
+    assert read(table) == rows
 
     monkeypatch.setattr('sys.argv', ['report', str(tmp_path)])
     report.main()
@@ -245,7 +246,7 @@ def test_report_by_hand(tmp_path):
                     row = about | {'epoch': part * budget, 'linear': value, 'knn': value, 'reconstruction': 0.3}
                     rows.append(row | {'het': '0.9 0.8', 'step_seconds': 0.1 + gain})
     rows += [r | {'epoch': 0.0, 'linear': 0.6, 'knn': 0.6, 'het': None} for r in rows if r['variant'] == 'baseline']
-    study.append(tmp_path / 'a.csv', rows)
+    append(tmp_path / 'a.csv', rows)
     report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     # It starts above where the baseline ends; areas over epochs 2 to 4, above .6: (.136 + .146) over (.111 + .121).
@@ -255,7 +256,7 @@ def test_report_by_hand(tmp_path):
     assert (tmp_path / 'a.png').stat().st_size > 10_000
     # One seed that was measured at the end only: it counts there, and not in the areas.
     (tmp_path / 'a.csv').unlink()
-    study.append(tmp_path / 'a.csv', [r for r in rows if r['seed'] != 2 or r['epoch'] == r['budget']])
+    append(tmp_path / 'a.csv', [r for r in rows if r['seed'] != 2 or r['epoch'] == r['budget']])
     report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     assert f' | {0.281 / 0.231:.2f} |' in text
@@ -263,7 +264,7 @@ def test_report_by_hand(tmp_path):
     # A second baseline, 3 points better at the first budget and 1 point worse at the others: what counts is the better.
     shift = {1.0: 0.03, 2.0: -0.01, 4.0: -0.01}
     second = [r | {'variant': 'baseline, slower', 'linear': r['linear'] + shift[r['budget']]} for r in rows]
-    study.append(tmp_path / 'a.csv', [r for r, o in zip(second, rows, strict=True) if o['variant'] == 'baseline'])
+    append(tmp_path / 'a.csv', [r for r, o in zip(second, rows, strict=True) if o['variant'] == 'baseline'])
     report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     assert '| better, too | 3 | 72.6 | -0.5 ± 0.0 |' in text  # at the first budget
@@ -275,7 +276,7 @@ def test_report_by_hand(tmp_path):
 def test_two_definitions_of_heterogeneity_are_never_mixed(tmp_path, monkeypatch):
     """Rows added to an older table go under its names, and each definition has a panel of its own."""
     table = tmp_path / 'a.csv'
-    columns = list(study.COLUMNS)
+    columns = list(COLUMNS)
     columns.insert(columns.index('het'), 'het_own')
     table.write_text(','.join(columns) + '\n')
     about = {'config': 'x', 'method': 'mae', 'linear': 0.7, 'knn': 0.6, 'reconstruction': 0.3, 'step_seconds': 0.1}
@@ -283,8 +284,8 @@ def test_two_definitions_of_heterogeneity_are_never_mixed(tmp_path, monkeypatch)
         for variant, column in (('baseline', 'het'), ('older', 'het_own'), ('newer', 'het')):
             for seed, het in enumerate(('0.9 0.8 0.7', '0.7 0.6 0.5')):
                 row = about | {'variant': variant, 'seed': seed, 'budget': budget, 'epoch': budget, column: het}
-                study.append(table, [row])
-    rows = study.read(table)
+                append(table, [row])
+    rows = read(table)
     assert {(r['variant'], bool(r['het']), bool(r['het_own'])) for r in rows} == {
         ('baseline', True, False),
         ('older', False, True),
@@ -301,7 +302,7 @@ def test_two_definitions_of_heterogeneity_are_never_mixed(tmp_path, monkeypatch)
 
 
 def test_a_table_without_a_column_is_refused(two_runs, tmp_path):
-    (tmp_path / 'table.csv').write_text(','.join(c for c in study.COLUMNS if c != 'het') + '\n')
+    (tmp_path / 'table.csv').write_text(','.join(c for c in COLUMNS if c != 'het') + '\n')
     with pytest.raises(UserError, match=r'table\.csv has no column het'):
         study.run(two_runs, tmp_path)
 
@@ -309,7 +310,7 @@ def test_a_table_without_a_column_is_refused(two_runs, tmp_path):
 def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
     """Killed while the second evaluation is saved: the run goes on from the first, to the same rows."""
     two_runs.study.variants = {'baseline': {}}
-    whole = study.read(study.run(two_runs, tmp_path / 'whole'))
+    whole = read(study.run(two_runs, tmp_path / 'whole'))
 
     real, calls = study.checkpoint.Checkpointer.wait, []
 
@@ -328,7 +329,7 @@ def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
     assert len(steps) == 2
     assert {r['step'] for r in json.loads(rows.read_text())} == {0, min(steps)}
     monkeypatch.setattr(study.checkpoint.Checkpointer, 'wait', real)
-    resumed = study.read(study.run(two_runs, tmp_path / 'part'))
+    resumed = read(study.run(two_runs, tmp_path / 'part'))
     for row in (*whole, *resumed):
         row.pop('step_seconds')
     assert resumed == whole
@@ -340,7 +341,7 @@ def test_shares_of_a_grid_cover_it(two_runs, tmp_path, monkeypatch):
 
     def trained(config, seeds, train, test, place, from_zero):
         seen.append((config.epochs, config.mto.enabled, seeds))
-        place.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
         return []
 
     monkeypatch.setattr(study, '_train', trained)

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mto_jax.studies import speed, study
+from mto_jax.studies import speed
+from mto_jax.studies.table import BASELINE, read
 
 METRICS = {'linear': 'linear probe', 'knn': 'kNN', 'finetune': 'fine-tuning'}
 # Columns of heterogeneity: each is of one definition and has a panel of its own. Studies write the first; older tables
@@ -33,11 +34,11 @@ class Table:
 
     def __init__(self, path: Path):
         self._rows = []
-        for row in study.read(path):
+        for row in read(path):
             numbers = {k: float(row[k]) if row[k] else np.nan for k in (*METRICS, 'reconstruction', 'epoch', 'budget')}
             self._rows.append(row | numbers | {'seed': int(row['seed'])})
-        names = sorted({r['variant'] for r in self._rows} - {study.BASELINE})
-        self.baselines = [study.BASELINE, *(n for n in names if n.startswith(study.BASELINE))]
+        names = sorted({r['variant'] for r in self._rows} - {BASELINE})
+        self.baselines = [BASELINE, *(n for n in names if n.startswith(BASELINE))]
         self.variants = self.baselines + [n for n in names if n not in self.baselines]
         self.budgets = sorted({r['budget'] for r in self._rows})
         self.method = self._rows[0]['method']
@@ -160,7 +161,7 @@ def write(path: Path) -> None:
     """`<name>.md` and `<name>.png` beside the table `<name>.csv`."""
     table = Table(path)
     random = ', '.join(f'{title} {100 * table.random(m):.1f}' for m, title in list(METRICS.items())[:2])
-    best = 'the better of the baselines at the budget' if len(table.baselines) > 1 else study.BASELINE
+    best = 'the better of the baselines at the budget' if len(table.baselines) > 1 else BASELINE
     text = [
         f'Made from {path.name} by `python -m mto_jax.studies.report`. Accuracies in percent, differences in',
         f'points from {best} over paired seeds, with 95% t intervals.',

@@ -9,9 +9,7 @@ tables are concatenated.
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -32,25 +30,10 @@ from mto_jax.evals import features, frozen
 from mto_jax.runtime import cpu, parallel
 from mto_jax.runtime.workdir import hold
 from mto_jax.studies import finetune
+from mto_jax.studies.table import BASELINE, append, columns, done
 from mto_jax.training import checkpoint, feed, job, train_state
 from mto_jax.training.loop import Record, Seen, Watch, fit
 from mto_jax.training.start import initialised
-
-BASELINE = 'baseline'  # the variant that others are compared with
-COLUMNS = (
-    'config',  # fingerprint of everything that shaped the run
-    'method',
-    'variant',
-    'seed',
-    'budget',  # epochs of the run's own full schedule
-    'epoch',  # at which it was evaluated; the budget's own is its final value
-    'linear',  # accuracies, shares of one
-    'knn',
-    'finetune',  # the accuracy after it; at the end only
-    'reconstruction',  # the method's own loss on evaluation images under fixed masks
-    'het',  # heterogeneity per block as `mto.diagnosis` has it, at the end only
-    'step_seconds',  # of training, all seeds of the dispatch together
-)
 
 
 def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], ConfigDict]]:
@@ -106,13 +89,13 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
             finetune.steps(setup.finetune, len(train[0]))
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
-    table = workdir / 'table.csv'
-    if table.exists():
-        _columns(table)  # rows could not be added, hours later
+    path = workdir / 'table.csv'
+    if path.exists():
+        columns(path)  # rows could not be added, hours later
     mine = jobs[study.index :: study.count]
     for number, (variant, budget, seeds, setup) in enumerate(mine, 1):
         mark = fingerprint(setup)
-        missing = tuple(s for s in seeds if (mark, str(s)) not in done(table))
+        missing = tuple(s for s in seeds if (mark, str(s)) not in done(path))
         print(f'[{number}/{len(mine)}] {config.method} {variant}, {budget:g} epochs, seeds {list(seeds)}', flush=True)
         if not missing:
             print('  in the table', flush=True)
@@ -122,9 +105,9 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
         with hold(place):
             rows = _train(setup, missing, train, test, place, from_zero)
         about = {'config': mark, 'method': setup.method, 'variant': variant, 'budget': budget}
-        append(table, [about | r for r in rows])
+        append(path, [about | r for r in rows])
         shutil.rmtree(place)
-    return table
+    return path
 
 
 def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dict]:
@@ -267,42 +250,3 @@ def fingerprint(config: ConfigDict) -> str:
         if name != 'seed' and (FIELDS[name].shapes_run or name.startswith(('eval.', 'finetune.')) or name in own)
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def done(table: Path) -> set[tuple[str, str]]:
-    """(fingerprint, seed) of the runs in a table."""
-    return {(r['config'], r['seed']) for r in read(table)} if table.exists() else set()
-
-
-def read(table: Path) -> list[dict[str, str]]:
-    with table.open(newline='') as f:
-        return list(csv.DictReader(f))
-
-
-def _columns(table: Path) -> Sequence[str]:
-    with table.open(newline='') as f:
-        columns = next(csv.reader(f), COLUMNS)  # none yet: another process is about to write them
-    if missing := [c for c in COLUMNS if c not in columns]:
-        raise UserError(
-            f'{table} has no column {", ".join(missing)}; rows of a study need {", ".join(COLUMNS)}: add what is '
-            'missing to the table, or use another --workdir'
-        )
-    return columns
-
-
-def append(table: Path, rows: Sequence[dict]) -> None:
-    """Add rows under the table's own column names, in one write, so that several processes can share a table.
-
-    Raises:
-      UserError: for a table that lacks one of COLUMNS.
-    """
-    with contextlib.suppress(FileExistsError), table.open('x') as f:
-        f.write(','.join(COLUMNS) + '\n')
-    columns = _columns(table)
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator='\n')
-    for row in rows:
-        cells = (row.get(c) for c in columns)
-        writer.writerow([f'{v:.5g}' if isinstance(v, float) else v for v in cells])
-    with table.open('a') as f:
-        f.write(lines.getvalue())

@@ -1,7 +1,8 @@
-"""From a config to a training, short of its data and devices: what the trainer, studies and compilation ahead share."""
+"""From a config to a training, short of data and devices: what pre-training, studies and compilation ahead share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ class Job:
       tx: the optimizer.
       schedule: its learning rate.
       per_epoch, total: steps per epoch and of the full training.
+      clock: of a step: where the training stands before that update.
       names: of the terms that each step logs.
       train_step: the pure step.
     """
@@ -36,16 +38,13 @@ class Job:
     schedule: optax.Schedule
     per_epoch: int
     total: int
+    clock: Callable[[jax.Array], Clock]
     names: tuple[str, ...]
     train_step: Callable[..., tuple[TrainState, Meter]]
 
     def create(self, seed) -> TrainState:
         """The state before the first step. Pure: to be jitted, with the shardings it shall have."""
         return train_state.create(self.objective, self.tx, train_state.stream(seed, 'init'))
-
-    def clock(self, step) -> Clock:
-        """Where the training stands before update `step`."""
-        return Clock(step, self.total, self.per_epoch)
 
     def diagnose(self, state: TrainState, images: jax.Array, key: jax.Array):
         """`Pretraining.diagnose` of a state."""
@@ -89,13 +88,10 @@ def assemble(
     """
     schedule = schedules.learning_rate(optimizer, batch_size, total, per_epoch)
     tx = optim.adamw(optimizer, schedule)
-
-    def clock(step):
-        return Clock(step, total, per_epoch)
-
+    clock = partial(Clock, total=total, steps_per_epoch=per_epoch)
     names = train_state.term_names(objective, shapes, clock(jax.ShapeDtypeStruct((), np.int32)))
     step = train_state.make_train_step(objective, tx, schedule, clock, accumulate)
-    return Job(objective, tx, schedule, per_epoch, total, names, step)
+    return Job(objective, tx, schedule, per_epoch, total, clock, names, step)
 
 
 def prepare(config, num_examples: int) -> Job:
