@@ -166,15 +166,18 @@ def test_features_are_those_of_the_tokens(config, rng):
 
 
 def test_layer_scales_by_hand(config):
-    """Two blocks, decay 0.5: below them 1/8, then 1/4 and 1/2, the final norm and the head 1 (BEiT's rule)."""
+    """Two blocks, decay 0.5: below them 1/8, then 1/4 and 1/2, the rest 1 (BEiT's rule)."""
     method = methods.build(config)
     encoder = method.init(jax.random.key(0))[0]['encoder']
-    scales = optim.layer_scales({'encoder': encoder, 'head': {'kernel': jnp.zeros(2)}}, 0.5)
+    encoder['relative_bias_table'] = encoder['norm']['bias']
+    outside = {'head': {'kernel': jnp.zeros(2)}, 'decoder': {'blocks': {'block0': jnp.zeros(2)}}}
+    scales = optim.layer_scales({'encoder': encoder, **outside}, 0.5)
     assert set(jax.tree.leaves(scales['encoder']['patch_embed'])) == {0.125}
     assert scales['encoder']['cls_token'] == 0.125
     assert set(jax.tree.leaves(scales['encoder']['blocks']['block0'])) == {0.25}
     assert set(jax.tree.leaves(scales['encoder']['blocks']['block1'])) == {0.5}
-    assert {*jax.tree.leaves(scales['encoder']['norm']), scales['head']['kernel']} == {1.0}
+    top = scales['encoder']['norm'], scales['encoder']['relative_bias_table'], scales['head'], scales['decoder']
+    assert set(jax.tree.leaves(top)) == {1.0}
     tx = optim.adamw(config.optim.copy_and_resolve_references(), optax.constant_schedule(1.0))
     config.optim.layer_decay = 0.5
     by_layer = optim.adamw(config.optim, optax.constant_schedule(1.0))

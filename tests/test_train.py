@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from mto_jax import methods, tasks
@@ -139,6 +140,42 @@ def test_decay_of_the_official_recipes(name, decayed, count):
     flat, _ = jax.tree_util.tree_flatten_with_path(optim.decay_mask(params, o.decay_cls_token, o.decay_mask_token))
     assert {path[-1].key for path, yes in flat if yes} == decayed
     assert sum(yes for _, yes in flat) == count
+
+
+# Shapes of what other methods have; paths after the names in the official codes of BootMAE and ConMIM.
+OTHER_PARAMETERS = {
+    'encoder/blocks/block0/gamma_attn': (4,),
+    'projector/norm1/scale': (4,),
+    'projector/norm1/bias': (4,),
+    'projector/temperature': (),
+    'encoder/relative_bias_table': (9, 2),
+    'encoder/blocks/block0/relative_position_bias': (9, 2),
+    'encoder/blocks/block0/attn/q_bias': (2, 4),
+    'encoder/blocks/block0/cross_attn/kv_kernel': (8, 2, 2, 4),
+    'feature_decoder/mask_token': (1, 1, 4),
+    'mask_token_1': (1, 1, 4),
+    'mask_token/embedding': (1, 4),
+    'cls_token_predictor/kernel': (4, 4),
+    'encoder/pos_embed': (1, 5, 4),
+    'decoder/pos_embed_1': (1, 5, 4),
+    'lm_head/proj/kernel': (4, 4),
+    'lm_head/proj/bias': (4,),
+}
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def test_decay_of_parameters_of_other_methods():
+    """Matrices and relative positions decay, tokens as the fields say wherever they lie, and nothing else does."""
+    params = traverse_util.unflatten_dict({n: np.zeros(s) for n, s in OTHER_PARAMETERS.items()}, sep='/')
+    decayed = {name for name, yes in by_path(optim.decay_mask(params, False, False)).items() if yes}
+    tables = {'encoder/relative_bias_table', 'encoder/blocks/block0/relative_position_bias'}
+    matrices = {'encoder/blocks/block0/cross_attn/kv_kernel', 'cls_token_predictor/kernel', 'lm_head/proj/kernel'}
+    assert decayed == tables | matrices
+    with_tokens = {name for name, yes in by_path(optim.decay_mask(params, False, True)).items() if yes}
+    assert with_tokens - decayed == {'feature_decoder/mask_token', 'mask_token_1', 'mask_token/embedding'}
 
 
 @pytest.mark.parametrize('cls_token', [True, False])

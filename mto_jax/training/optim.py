@@ -1,4 +1,10 @@
-"""The optimizer: AdamW with a decay mask, layer-wise rates, and clipping."""
+"""The optimizer: AdamW with a decay mask, layer-wise rates, and clipping.
+
+What differs between parameters stands in two tables of (pattern, value). A pattern is a regular expression for the full
+path of a parameter ('encoder/blocks/block0/attn/proj/kernel'); the first that matches counts.
+"""
+
+import re
 
 import jax
 import optax
@@ -7,36 +13,42 @@ import optax
 def decay_mask(params, decay_cls_token: bool, decay_mask_token: bool):
     """True for the parameters that weight decay acts on: a pytree like `params`.
 
-    Biases, norms and layer scales never decay (whatever their shape here, they are vectors in the official codes);
-    learned positions never do; the class token and the mask token do where the arguments say so.
+    Where no pattern matches, matrices decay and vectors do not (a single scale, a statistic).
     """
-    tokens = {'cls_token': decay_cls_token, 'mask_token': decay_mask_token}
+    table = (
+        (r'(.*/)?\w*cls_token\w*(/embedding)?', decay_cls_token),
+        (r'(.*/)?\w*mask_token\w*(/embedding)?', decay_mask_token),
+        (r'(.*/)?\w*pos_embed\w*(/embedding)?', False),
+        (r'(.*/)?relative_\w+', True),  # a table of relative positions, as SimMIM and ConMIM have it
+        # Vectors in the official codes, whatever their shape here: biases, norms (of layers and batches), layer scales.
+        (r'(.*/)?(\w*bias|scale|gamma\w*)', False),
+    )
 
     def decays(path, leaf):
-        name = path[-1].key
-        if name in tokens:
-            return tokens[name]
-        return leaf.ndim > 1 and not name.endswith('bias') and name != 'pos_embed'
+        return _first(table, path, leaf.ndim > 1)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def layer_scales(params, layer_decay: float):
-    """Factors of the learning rate, a pytree of floats like `params`: `layer_decay ** (blocks above + 1)`.
+    """Factors of the learning rate, a pytree of floats like `params`: `layer_decay` to the power of the layers above.
 
     The patch projection, tokens and positions lie below block 0; the final norm, a shared relative-position table, and
     whatever is not the encoder have factor 1 (the rule of BEiT's and MAE's fine-tuning codes).
     """
-    depth = sum(name.startswith('block') for name in params['encoder']['blocks'])
+    blocks = [name for name in params['encoder']['blocks'] if name.startswith('block')]
+    table = (
+        *((f'encoder/blocks/{name}/.*', len(blocks) - int(name.removeprefix('block'))) for name in blocks),
+        (r'encoder/(norm/.*|relative_bias_table)', 0),
+        (r'encoder/.*', len(blocks) + 1),
+    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: layer_decay ** _first(table, path, 0), params)
 
-    def scale(path, _):
-        names = [p.key for p in path]
-        if names[0] != 'encoder' or names[1] in ('norm', 'relative_bias_table'):
-            return 1.0
-        index = 1 + int(names[2].removeprefix('block')) if names[1] == 'blocks' else 0
-        return layer_decay ** (depth + 1 - index)
 
-    return jax.tree_util.tree_map_with_path(scale, params)
+def _first(table, path, default):
+    """The value of the first pattern that matches the full path of a leaf."""
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return next((value for pattern, value in table if re.fullmatch(pattern, name)), default)
 
 
 def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
