@@ -85,7 +85,7 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
     """An optimizer's fields."""
     fields = {
         'base_lr': kind(1.5e-4, at_least(0)),  # per lr_reference images: lr = base_lr * batch_size / lr_reference
-        'lr_reference': kind(256, at_least(1)),
+        'lr_reference': kind(256, at_least(0)),  # 0: base_lr and warmup_lr are absolute
         'b1': kind(0.9, within(0, 1)),
         'b2': kind(0.95, within(0, 1)),
         'eps': kind(1e-8, above(0)),
@@ -96,7 +96,9 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
         'schedule': kind('cosine', one_of('cosine', 'multistep')),  # cosine, multistep
         'warmup_epochs': kind(40.0, at_least(0)),
         'warmup_lr': kind(0.0, at_least(0)),  # where the warm-up starts, per lr_reference images like base_lr
-        'min_lr': kind(0.0, at_least(0)),
+        # the last warm-up step is at the peak, as in the BEiT family, instead of the first after it
+        'warmup_inclusive': kind(False),
+        'min_lr': kind(0.0, at_least(0)),  # where the cosine ends; absolute
         'decay_epochs': kind(()),  # multistep: where the rate is multiplied by decay_factor
         'decay_factor': kind(0.1),
         # factor of the rate per block, from the head down; 1: none
@@ -115,6 +117,7 @@ FIELDS: dict[str, Field] = {
     'resume_from': shows(''),
     'init_from': shapes(''),  # a new workdir starts from this run's weights, at step 0: named the same way
     'resume_anyway': shows(False),  # resume although fields differ from those the run started with
+    # --- Data
     # a TFDS name; '' where data_dir is itself a prepared TFDS directory; or 'folder'
     'data.name': shapes('imagenet2012', replaces=True),
     'data.data_dir': shows('', replaces=True),  # '' for TFDS' own default
@@ -124,7 +127,7 @@ FIELDS: dict[str, Field] = {
     'data.image_size': shapes((224, 224), each(at_least(1), 2)),  # height, width
     'data.channels': shapes(3, at_least(1)),
     'data.num_classes': shapes(1000, at_least(1), replaces=True),
-    # random_resized, or resize (whole image, no crop)
+    # resize: the whole image, no crop
     'data.crop': shapes('random_resized', one_of('random_resized', 'resize')),
     # share of the image a crop covers
     'data.crop_area': shapes((0.2, 1.0), ascending(PORTION)),
@@ -140,6 +143,7 @@ FIELDS: dict[str, Field] = {
     # an image that cannot be decoded: raise, or replace it by the next one that can
     'data.on_error': shows('raise', one_of('raise', 'replace'), replaces=True),
     'data.threads': shows(0, at_least(0), replaces=True),  # of the host pipeline; 0 for one a core
+    # --- Encoder
     'model.size': shapes('b'),  # nano, micro, ti, s, b, l, h
     'model.depth': shapes(0, at_least(0)),  # 0: from the size
     'model.width': shapes(0, at_least(0)),
@@ -160,13 +164,14 @@ FIELDS: dict[str, Field] = {
     'model.remat': shapes(False),
     # of jax.nn.dot_product_attention: xla, cudnn; '' for plain matrix products
     'model.attention': shapes('xla', one_of('xla', 'cudnn', ''), replaces=True),
+    # --- Method
     'mask_ratio': shapes(0.75, within(0, 1)),
     'mae.decoder_depth': shapes(8, at_least(1)),
     'mae.decoder_width': shapes(512, at_least(1)),
     'mae.decoder_heads': shapes(16, at_least(1)),
     'mae.norm_pix_loss': shapes(True),
     'simmim.mask_unit': shapes(2, at_least(1)),  # patches per side of a masked unit
-    # fields as in mto_jax.mto.Settings
+    # --- MTO: fields as in mto_jax.mto.Settings
     'mto.enabled': shapes(False),
     'mto.recalibration': shapes('none'),
     'mto.rows': shapes('visible'),
@@ -185,15 +190,16 @@ FIELDS: dict[str, Field] = {
     'mto.spa_entropy': shapes(False),
     'mto.warmup': shapes(0.05),
     'mto.decay_e': shapes(False),
+    # --- Training
     'batch_size': shapes(4096, at_least(1)),  # images per step, over all devices
     'accumulate': shapes(1, at_least(1)),  # microbatches per step
     'epochs': shapes(800.0, above(0)),
     **_optim('optim'),
-    # devices along each axis; -1 for the rest
+    # --- Devices along each axis; -1 for the rest
     'mesh.data': shows(-1, own=True),  # splits the batch
     'mesh.fsdp': shows(1, own=True),  # splits the batch, and parameters with their optimizer state
     'mesh.tensor': shows(1, own=True),  # splits heads and MLP
-    # see mto_jax/runtime/hosts.py
+    # --- Hosts: see mto_jax/runtime/hosts.py
     # 'auto' finds a TPU slice's or a SLURM step's hosts; host:port; '' for one host
     'hosts.coordinator': shows('auto', own=True),
     'hosts.count': shows(1, own=True),  # with host:port: the number of hosts, and this one's own number from 0
@@ -201,17 +207,19 @@ FIELDS: dict[str, Field] = {
     'hosts.timeout': shows(300.0, above(0), own=True),  # seconds within which all hosts must have started
     'allow_cpu': shows(False, own=True),  # train although no GPU or TPU is found
     'deterministic': shapes(False, own=True),  # on a GPU: the same result bit by bit each time, slower
+    # --- What is shown and kept
     'log_every': shows(50, at_least(1)),  # steps
     'diagnose_every': shows(1000, at_least(0)),  # steps; 0: never
     'log_images': shows(6, at_least(1)),  # shown in pictures of reconstructions
     'checkpoints.every': shows(1000, at_least(0)),  # steps; 0: only the last, which is always saved
     'checkpoints.keep': shows(2, at_least(1)),  # newest ones kept; the best is kept beside them
+    # --- Probes of frozen features
     'eval.every_epochs': shows(0.0, at_least(0), own=True),  # kNN during pre-training on val_split; 0: never
     'eval.batch_size': shows(512, at_least(1), own=True),
     # how many training images the probes use, a fixed random subset; 0: all
     'eval.train_examples': shows(0, at_least(0), own=True),
     'eval.features': shows('mean', own=True),  # mean of the patch tokens, or class
-    # student, or teacher where the method has one
+    # teacher: where the method has one
     'eval.weights': shows('student', one_of('student', 'teacher'), own=True),
     'eval.depth': shows(0, at_least(0), own=True),  # blocks to apply; 0 for all and the final norm
     'eval.knn_k': shows((1, 5, 10, 20), each(at_least(1)), own=True),
@@ -219,16 +227,16 @@ FIELDS: dict[str, Field] = {
     # chosen on a held-out tenth of the training features, per class
     'eval.linear_l2': shows((1e-5, 1e-4, 1e-3, 1e-2), each(at_least(0)), own=True),
     'eval.linear_steps': shows(200, at_least(1), own=True),  # L-BFGS iterations
-    # task=compare
+    # --- task=compare
     'compare.seeds': shows((0,), each(at_least(0))),  # one pre-training without and one with MTO for each
-    # task=report
+    # --- task=report
     'report.runs': shows(''),  # workdirs of trainings, commas between them
-    # of a study's runs
+    # --- Fine-tuning of a study's runs
     'finetune.epochs': shows(0.0, at_least(0)),  # 0: no fine-tuning
     'finetune.label_share': shows(0.1, PORTION),  # of the training images
     'finetune.batch_size': shows(128, at_least(1)),
     **_optim('finetune.optim', shows),
-    # python -m mto_jax.studies
+    # --- python -m mto_jax.studies
     'study.variants': shows({}),  # {name: {field: value}}: changes to this; one is 'baseline', more may begin so
     'study.seeds': shows((0,)),
     'study.budgets': shows(()),  # epochs of each training; () for `epochs`. The warm-up and the decays scale along

@@ -79,7 +79,7 @@ ALONE = {
     'optim.eps': 0.0,
     'optim.weight_decay': -0.1,
     'optim.clip_norm': -1.0,
-    'optim.lr_reference': 0,
+    'optim.lr_reference': -1,
     'optim.schedule': 'step',
     'optim.layer_decay': 0.0,
     'optim.warmup_epochs': 9.0,

@@ -232,6 +232,43 @@ def test_simmim_schedule_is_the_official_one():
     assert [float(f(t - 1)) for t in official] == pytest.approx(list(official.values()), rel=1e-5)
 
 
+BOOTMAE = {0: 0, 1: 1.923231e-7, 2: 3.8464621e-7, 100: 1.923231e-5, 6240: 1.2000962e-3, 12478: 2.3998077e-3}
+BOOTMAE |= {12479: 2.4e-3, 12480: 2.4e-3, 12481: 2.4e-3, 50000: 2.2611721e-3, 131040: 1.2523737e-3}
+BOOTMAE |= {200000: 3.4180019e-4, 249910: 1e-4, 249911: 1e-4}
+BOOTMAE_LARGE = {0: 0, 1: 4.800192e-8, 24999: 1.2e-3, 25000: 1.2e-3, 250000: 6.5529415e-4, 500624: 1e-5}
+CONMIM = {0: 0, 1: 1.200192e-7, 2: 2.4003841e-7, 100: 1.200192e-5, 6249: 7.5e-4, 6250: 7.5e-4, 6251: 7.5e-4}
+CONMIM_800 = CONMIM | {100000: 6.8610249e-4, 250000: 3.8735641e-4, 499999: 1e-5}
+CONMIM_1600 = CONMIM | {100000: 7.3386836e-4, 500000: 3.8365525e-4, 999999: 1e-5}
+
+
+@pytest.mark.parametrize(
+    ('official', 'base_lr', 'reference', 'min_lr', 'warmup', 'epochs', 'batch', 'per_epoch'),
+    [
+        pytest.param(BOOTMAE, 1.5e-4, 256, 1e-4, 40.0, 801, 4096, 312, id='bootmae'),
+        pytest.param(BOOTMAE_LARGE, 1.5e-4, 256, 1e-5, 40.0, 801, 2048, 625, id='bootmae-large'),
+        pytest.param(CONMIM_800, 7.5e-4, 0, 1e-5, 10.0, 800, 2048, 625, id='conmim-800'),
+        pytest.param(CONMIM_1600, 7.5e-4, 0, 1e-5, 10.0, 1600, 2048, 625, id='conmim-1600'),
+    ],
+)
+def test_official_schedules_with_inclusive_warmup(
+    config, official, base_lr, reference, min_lr, warmup, epochs, batch, per_epoch
+):
+    """Rates by iteration as the schedulers of LightDXY/BootMAE d604b18 and TencentARC/ConMIM 4263955 compute them."""
+    o = config.optim
+    o.base_lr, o.lr_reference, o.min_lr, o.warmup_epochs, o.warmup_inclusive = base_lr, reference, min_lr, warmup, True
+    f = schedules.learning_rate(o, batch, epochs * per_epoch, per_epoch)
+    rounding = 1e-7 * max(official.values())  # of the first rates, in float32
+    assert [float(f(step)) for step in official] == pytest.approx(list(official.values()), rel=1e-5, abs=rounding)
+
+
+def test_inclusive_warmup_of_one_step_is_its_start(config):
+    """As numpy.linspace(start, peak, 1)."""
+    o = config.optim
+    o.base_lr, o.lr_reference, o.warmup_lr, o.warmup_epochs, o.warmup_inclusive = 1e-3, 0, 1e-5, 1.0, True
+    f = schedules.learning_rate(o, 512, 50, 1)
+    assert [float(f(step)) for step in (0, 1)] == pytest.approx([1e-5, 1e-3])
+
+
 @pytest.mark.parametrize('devices', [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_resume_is_bitwise(config, tmp_path, devices):
     """Stopped after a checkpoint in the middle of an epoch, by deleting what came later, and started again."""

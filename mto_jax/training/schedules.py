@@ -13,13 +13,16 @@ def to_steps(epochs: float, steps_per_epoch: int) -> int:
 def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
     """The schedule of `config.optim`: linear warm-up, then cosine to `min_lr` or steps by `decay_factor`.
 
-    The peak is `base_lr * batch_size / lr_reference`. A warm-up begins at step 0 with `warmup_lr`, scaled in the same
-    way; the cosine would reach `min_lr` at `total_steps`, one step after the last update.
+    The peak is `base_lr * batch_size / lr_reference`, or `base_lr` where `lr_reference` is 0. A warm-up of W steps
+    begins at step 0 with `warmup_lr`, scaled in the same way, and reaches the peak at step W, the first after it, or at
+    W - 1, its last, where `warmup_inclusive` is set. The cosine begins at step W; it would reach `min_lr`, which is
+    never scaled, at `total_steps`, one step after the last update.
 
     Raises:
       UserError: for an unknown schedule, or a warm-up that is not shorter than the training.
     """
-    start, peak = (lr * batch_size / optim.lr_reference for lr in (optim.warmup_lr, optim.base_lr))
+    reference = optim.lr_reference or batch_size
+    start, peak = (lr * batch_size / reference for lr in (optim.warmup_lr, optim.base_lr))
     warmup = to_steps(optim.warmup_epochs, steps_per_epoch)
     if warmup >= total_steps:
         raise UserError(
@@ -35,4 +38,5 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
         raise UserError(f'optim.schedule is {optim.schedule!r}; it must be cosine or multistep')
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(start, peak, warmup), after], [warmup])
+    rise = optax.linear_schedule(start, peak, warmup - optim.warmup_inclusive)
+    return optax.join_schedules([rise, after], [warmup])
