@@ -101,6 +101,21 @@ print('steps', int(state.step))
     assert 'steps 1' in out.stdout, out.stderr
 
 
+def test_importing_changes_no_environment_variable():
+    """jax and TensorFlow set some of their own; no module of this package does."""
+    code = """
+import importlib, os, pkgutil
+import jax, tensorflow, tensorflow_datasets
+import mto_jax
+before = dict(os.environ)
+for module in pkgutil.walk_packages(mto_jax.__path__, 'mto_jax.'):
+    importlib.import_module(module.name)
+print('changed', dict(os.environ.items() ^ before.items()))
+"""
+    out = run('-c', code)
+    assert 'changed {}' in out.stdout, out.stdout + out.stderr
+
+
 def test_tensorflow_sees_no_accelerator():
     code = (
         "from mto_jax.data import sources; import tensorflow as tf; print('seen', tf.config.get_visible_devices('GPU'))"

@@ -7,15 +7,9 @@ collectives, and an estimate of the step's time from the compiler's own cycle co
 cost where they do not overlap. All are the compiler's estimates, not measurements.
 """
 
-import os
-
-# Before jax: no lock against other compilations, no look-up of a machine's own TPU.
-os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'none')
-
 import dataclasses
 import math
+import os
 import re
 import time
 
@@ -73,6 +67,7 @@ def run(config, workdir) -> list[dict]:
       UserError: for an unknown topology, a mesh or batch that does not fit it, or without libtpu.
     """
     del workdir
+    _prepare_libtpu()
     name = _TOPOLOGY.value
     chip = CHIPS.get(name.partition(':')[0])
     if chip is None:
@@ -94,6 +89,14 @@ def run(config, workdir) -> list[dict]:
         rows.append(estimate(config, mesh, chip))
         print('\n'.join(f'{k}: {v}' for k, v in {'topology': name, **rows[-1]}.items()), end='\n\n', flush=True)
     return rows
+
+
+def _prepare_libtpu() -> None:
+    """Before libtpu is loaded: no lock against other compilations, no look-up of a machine's own TPU."""
+    jax.config.update('jax_platforms', 'cpu')
+    os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'none')
 
 
 def estimate(config, mesh, chip: Chip) -> dict[str, str]:
