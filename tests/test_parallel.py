@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
+from jax.sharding import PartitionSpec
 
+from configs import base
 from mto_jax.errors import UserError
 from mto_jax.runtime import parallel
 from mto_jax.runtime.parallel import whole
@@ -82,6 +85,62 @@ def check_shards(state, mesh):
         ):
             shard = leaf.addressable_shards[0].data
             assert shard.nbytes * parts == leaf.nbytes, (mesh, leaf.shape, shard.shape)
+
+
+BLOCK = 'encoder/blocks/block11'
+TENSOR = {  # what a pair of devices on the axis 'tensor' splits of ViT-B, and of a cross-attention
+    f'{BLOCK}/attn/qkv_kernel': ((768, 3, 12, 64), 2),
+    f'{BLOCK}/attn/k_bias': ((12, 64), 0),
+    f'{BLOCK}/attn/proj/kernel': ((768, 768), 0),
+    f'{BLOCK}/attn/proj/bias': ((768,), None),
+    f'{BLOCK}/cross_attn/q_kernel': ((768, 1, 12, 64), 2),
+    f'{BLOCK}/cross_attn/kv_kernel': ((512, 2, 12, 64), 2),
+    f'{BLOCK}/mlp_in/kernel': ((768, 3072), 1),
+    f'{BLOCK}/mlp_in/bias': ((3072,), 0),
+    f'{BLOCK}/mlp_out/kernel': ((3072, 768), 0),
+    f'{BLOCK}/norm1/scale': ((768,), None),
+    'encoder/relative_bias_table': ((732, 12), 1),
+    'encoder/pos_embed': ((1, 197, 768), None),
+    'encoder/patch_embed/kernel': ((768, 768), None),
+    'lm_head/proj/kernel': ((512, 768), None),
+    'projector/norm/mean': ((4096,), None),
+    'projector/small/kernel': ((4, 4), None),
+}
+
+
+@pytest.mark.parametrize('prefix', ['params', 'opt_state/1/0/mu', 'model_state/teacher'])
+def test_what_the_tensor_axis_splits(prefix):
+    shapes = {f'{prefix}/{path}': jax.ShapeDtypeStruct(shape, np.float32) for path, (shape, _) in TENSOR.items()}
+    found = parallel.shardings(traverse_util.unflatten_dict(shapes, sep='/'), parallel.make_mesh(1, 1, 2))
+    found = {path: sharding.spec for path, sharding in traverse_util.flatten_dict(found, sep='/').items()}
+    assert found == {
+        f'{prefix}/{path}': PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, 'tensor')
+        for path, (_, axis) in TENSOR.items()
+    }
+
+
+@pytest.mark.parametrize('changes', [{}, {'model.position': 'learned'}, {'method': 'simmim', 'model.position': 'none'}])
+def test_patterns_cover_the_shipped_methods(changes):
+    """Blocks and heads as wide as ViT-B's: every large parameter and moment has a rule."""
+    c = base.get_config()
+    c.model.depth, c.mae.decoder_depth = 1, 1
+    c.update_from_flattened_dict(changes)
+    mesh = parallel.make_mesh(1, 1, 4)
+    training = job.prepare(c, 10_000)
+    state = training.sharding(mesh)
+    blocks = state.params['encoder']['blocks']['block0']
+    assert blocks['attn']['proj']['kernel'].spec == PartitionSpec('tensor')
+    encoder = jax.eval_shape(training.create, 0).params['encoder']
+    parallel.shardings({'encoder': encoder, 'head': {'kernel': jax.ShapeDtypeStruct((768, 1000), np.float32)}}, mesh)
+
+
+@pytest.mark.parametrize('prefix', ['params', 'opt_state/1/0/nu', 'model_state/teacher'])
+def test_a_large_parameter_without_a_rule_is_refused(prefix):
+    path = f'{prefix}/projector/proj/kernel'
+    tree = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct((64, 64), np.float32)}, sep='/')
+    with pytest.raises(UserError, match=rf'mesh.tensor is 2; .* {path} \(64, 64\).*TENSOR_AXES'):
+        parallel.shardings(tree, parallel.make_mesh(1, 1, 2))
+    parallel.shardings(tree, parallel.make_mesh(1, 2, 1))
 
 
 def test_a_hosts_rows_make_up_the_batch():

@@ -6,6 +6,7 @@ largest divisible dimension; 'tensor' splits heads and MLP. All is `jax.jit` wit
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,18 +21,20 @@ AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
 SMALL = 4096  # elements; below that a collective costs more than a copy on each device
 
-# The axis of a parameter that 'tensor' splits, by the end of its path: heads, and the hidden units of the MLP.
-TENSOR_AXES = {
-    'qkv_kernel': 2,
-    'q_bias': 0,
-    'k_bias': 0,
-    'v_bias': 0,
-    'proj/kernel': 0,
-    'mlp_in/kernel': 1,
-    'mlp_in/bias': 0,
-    'mlp_out/kernel': 0,
-    'relative_bias_table': 1,
-}
+# The axis of a parameter that 'tensor' splits: attention heads, and the hidden units of the MLP; None where each device
+# holds all of it on purpose. A pattern is for the full path behind a slash; the first that matches counts.
+TENSOR_AXES = (
+    (r'.*/\w*attn/(q|kv|qkv)_kernel', 2),
+    (r'.*/\w*attn/[qkv]_bias', 0),
+    (r'.*/\w*attn/proj/kernel', 0),
+    (r'.*/mlp_in/kernel', 1),
+    (r'.*/mlp_in/bias', 0),
+    (r'.*/mlp_out/kernel', 0),
+    (r'.*/relative_bias_table', 1),
+    (r'.*/(patch_embed|decoder/embed|decoder/pred)/kernel', None),  # into and out of the stacks
+    (r'.*/\w*head/(.*/)?kernel', None),
+    (r'.*/\w*(cls_token|mask_token|pos_embed)\w*(/embedding)?', None),
+)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -94,15 +97,16 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (anything with a shape) of parameters, optimizer state or a whole training state.
 
-    Leaves are known by the end of their path, which parameters share with their moments and averages.
+    A parameter's moments, averages and copies in a teacher lie as it does: their paths end as its path does.
 
     Raises:
-      UserError: if heads or MLP units do not divide by the axis 'tensor'.
+      UserError: if heads or MLP units do not divide by the axis 'tensor', or no pattern of `TENSOR_AXES` matches a
+        matrix of `SMALL` elements or more while that axis has several devices.
     """
 
     def one(path, leaf):
-        names = [str(getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', p)))) for p in path]
-        return NamedSharding(mesh, _spec('/'.join(names), leaf.shape, mesh))
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        return NamedSharding(mesh, _spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -110,15 +114,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     axes: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
-    if tensor > 1:
-        for end, axis in TENSOR_AXES.items():
-            if f'/{path}'.endswith(f'/{end}'):
-                if shape[axis] % tensor:
-                    raise UserError(
-                        f'mesh.tensor is {tensor}; it does not divide the {shape[axis]} '
-                        f'{"units" if "mlp" in end else "heads or columns"} of {path} {shape}'
-                    )
-                axes[axis] = 'tensor'
+    axis = _tensor_axis(path, shape, tensor) if tensor > 1 else None
+    if axis is not None:
+        axes[axis] = 'tensor'
     if fsdp > 1 and math.prod(shape) >= SMALL:
         free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
         if free:
@@ -126,6 +124,23 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)
+
+
+def _tensor_axis(path: str, shape: tuple[int, ...], tensor: int) -> int | None:
+    """The axis of a leaf that `tensor` devices split, or None."""
+    matching = [axis for pattern, axis in TENSOR_AXES if re.fullmatch(pattern, f'/{path}')]
+    if not matching and len(shape) > 1 and math.prod(shape) >= SMALL:
+        raise UserError(
+            f'mesh.tensor is {tensor}; no pattern covers {path} {shape}: add one to '
+            'mto_jax.runtime.parallel.TENSOR_AXES (None: a copy on each device), or use mesh.tensor=1'
+        )
+    axis = matching[0] if matching else None
+    if axis is not None and shape[axis] % tensor:
+        raise UserError(
+            f'mesh.tensor is {tensor}; it does not divide the {shape[axis]} '
+            f'{"units" if "/mlp_" in path else "heads or columns"} of {path} {shape}'
+        )
+    return axis
 
 
 @dataclasses.dataclass(frozen=True)
