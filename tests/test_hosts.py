@@ -1,6 +1,7 @@
 """Several hosts: how they find each other, and real runs of two processes."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from mto_jax.runtime import hosts, parallel
 from mto_jax.training import checkpoint, job
 from tests.conftest import shrink
 
-SECONDS = 240  # within which a run of two processes on two busy cores is over
+SECONDS = 600  # after which a run of two processes hangs, rather than being slow
 
 
 def free_port():
@@ -49,19 +50,15 @@ def test_all_hosts_report():
 
 
 def test_missing_hosts_are_named_on_those_that_came():
-    start = time.monotonic()
     out = call_in(5, [0, 2, 4], 2)
-    assert time.monotonic() - start < 10
     for text in out:
         assert '2 did not report within hosts.timeout (2 s): index 1, 3' in text
         assert '2 (' in text
 
 
 def test_a_missing_coordinator_is_named():
-    start = time.monotonic()
     (text,) = call_in(2, [1], 1)
-    assert time.monotonic() - start < 10
-    assert 'host 1 of 2: no answer from localhost' in text
+    assert re.fullmatch(r'host 1 of 2: no answer from localhost:\d+ within hosts.timeout \(1 s\)\. .*', text)
 
 
 def test_an_index_used_twice_and_another_count_are_refused():
@@ -230,35 +227,47 @@ def test_two_processes_with_a_teacher_train_as_one(tmp_path):
     assert largest_difference(*states) < 1e-5
 
 
+def wait_for(pattern, workdir, processes):
+    """Until host 0 of a run that goes on has said it; returns the last step that it had reported."""
+    deadline = time.monotonic() + SECONDS
+    while not re.search(pattern, text := output(workdir), re.M):
+        assert all(p.poll() is None for p in processes), text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.2)
+    return int(re.findall(r'^step (\d+)/', text, re.M)[-1])
+
+
 @pytest.mark.slow
 def test_sigterm_at_one_host_saves_on_all(tmp_path):
+    """It ends where it is told to, not at the 20,000th step or the 100,000th, when a save is due."""
     workdir = str(tmp_path / 'run')
-    processes = launch(workdir, 2, epochs=500.0, checkpoints__every=100_000, eval__every_epochs=0.0)
-    deadline = time.monotonic() + SECONDS
-    while 'step 12/' not in output(workdir) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    told = time.monotonic()
-    processes[1].send_signal(signal.SIGTERM)
-    assert finish(processes) == [143, 143], output(workdir) + output(workdir, 1)
-    assert time.monotonic() - told < 30
-    assert 'told to end: saved at step' in output(workdir)
-    step = checkpoint.Checkpointer(workdir).latest()
-    again = launch(workdir, 2, epochs=500.0, checkpoints__every=100_000, eval__every_epochs=0.0)
-    while f'step {step + 12 - step % 3}' not in output(workdir) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    fields = {'epochs': 5000.0, 'checkpoints__every': 100_000, 'eval__every_epochs': 0.0}
+    processes = launch(workdir, 2, **fields)
+    try:
+        reached = wait_for('^step 12/20000 ', workdir, processes)
+    finally:
+        processes[1].send_signal(signal.SIGTERM)
+        codes = finish(processes)
+    assert codes == [143, 143], output(workdir) + output(workdir, 1)
+    (step,) = checkpoint.Checkpointer(workdir, read_only=True).steps
+    assert f'told to end: saved at step {step};' in output(workdir)
+    # jax looks for the signal once a second: so many steps are more than a machine takes until then.
+    assert reached <= step < reached + 1000
+    again = launch(workdir, 2, **fields)
+    try:
+        wait_for(f'^step {step + 12 - step % 3}/', workdir, again)
+    finally:
+        for p in again:
+            p.kill()
+            p.wait()
     assert f'resuming at step {step}' in output(workdir)
-    for p in again:
-        p.kill()
-        p.wait()
 
 
 @pytest.mark.slow
 def test_a_missing_or_differing_peer_fails_fast(tmp_path):
     missing = str(tmp_path / 'missing')
-    start = time.monotonic()
     assert finish(launch(missing, 2, only=[0], hosts__timeout=3.0)) == [2]
-    assert time.monotonic() - start < 60
-    assert 'index 1' in output(missing)
+    assert 'of 2 hosts, 1 did not report within hosts.timeout (3 s): index 1' in output(missing)
     differing = str(tmp_path / 'differing')
     codes = finish(launch(differing, 2, different={1: {'optim.base_lr': 0.5, 'mask_ratio': 0.5}}))
     assert codes == [2, 2]
