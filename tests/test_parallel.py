@@ -138,9 +138,11 @@ def test_patterns_cover_the_shipped_methods(changes):
 def test_a_large_parameter_without_a_rule_is_refused(prefix):
     path = f'{prefix}/projector/proj/kernel'
     tree = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct((64, 64), np.float32)}, sep='/')
-    with pytest.raises(UserError, match=rf'mesh.tensor is 2; .* {path} \(64, 64\).*TENSOR_AXES'):
+    with pytest.raises(UserError, match=rf'mesh.tensor is 2; .* {path} \(64, 64\).*tensor_axes'):
         parallel.shardings(tree, parallel.make_mesh(1, 1, 2))
     parallel.shardings(tree, parallel.make_mesh(1, 2, 1))
+    given = parallel.shardings(tree, parallel.make_mesh(1, 1, 2), ((r'.*/projector/proj/kernel', 1),))
+    assert jax.tree.leaves(given)[0].spec == PartitionSpec(None, 'tensor')
 
 
 def test_a_hosts_rows_make_up_the_batch():

@@ -623,6 +623,8 @@ def test_the_flagship_is_what_it_says():
 class Distillation:
     """An objective with constants: a frozen matrix that parameters are drawn to."""
 
+    tensor_axes = ()
+
     def __init__(self, target):
         self.constants = {'target': target}
 

@@ -27,7 +27,7 @@ class ToyNet(nn.Module):
         self.encoder = vit.ViT(a, methods.attends(self.method, a))
         self.predictor = vit.Transformer(a, methods.attends(self.method, a))
         self.mask_token = nn.Embed(1, a.width, embedding_init=nn.initializers.normal(0.02))
-        self.colour_head, self.feature_head = nn.Dense(a.channels), nn.Dense(a.width)
+        self.colour, self.feature = nn.Dense(a.channels), nn.Dense(a.width)
 
     def __call__(self, images, *, noise, train):
         a = self.method.arch
@@ -38,9 +38,9 @@ class ToyNet(nn.Module):
         masked = vit.prefix_false(mask, a.num_prefix)
         x = jnp.where(masked[..., None], self.mask_token(jnp.zeros((1, 1), int)).astype(a.dtype), encoded.tokens)
         predicted = self.predictor(x, Conditioning(masked=masked, tokens=x), train=train)
-        colour = self.colour_head(encoded.tokens[:, a.num_prefix :].astype(jnp.float32))
+        colour = self.colour(encoded.tokens[:, a.num_prefix :].astype(jnp.float32))
         # A non-linearity before the normalisation, or the gradient of biases before it would be exactly zero.
-        y = nn.gelu(self.feature_head(predicted.tokens[:, a.num_prefix :].astype(jnp.float32)))
+        y = nn.gelu(self.feature(predicted.tokens[:, a.num_prefix :].astype(jnp.float32)))
         statistics = {'mean': y.mean((0, 1)), 'var': y.var((0, 1))}
         feature = (y - statistics['mean']) * jax.lax.rsqrt(statistics['var'] + 1e-5)
         stacks = {
@@ -60,6 +60,10 @@ class Toy(methods.Method):
     @property
     def views(self):
         return {'image': None, 'strong': lambda key, x: jnp.clip(x + 0.1 * jax.random.normal(key, x.shape), 0, 1)}
+
+    @property
+    def tensor_axes(self):
+        return ((r'.*/feature/kernel', 1), (r'.*/feature/bias', 0))
 
     def init(self, key):
         images = jnp.zeros((1, *self.arch.image_size, self.arch.channels))

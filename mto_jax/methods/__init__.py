@@ -6,7 +6,7 @@ package ('mae'), a dotted one any importable module ('my_project.my_method').
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -108,6 +108,13 @@ class Method:
         """The views of each image that `loss` gets, by name: made on the device after the shared crop and flip by
         `(key, float images in [0, 1]) -> images in [0, 1]`; None for the images as they are."""
         return {'image': None}
+
+    @property
+    def tensor_axes(self) -> Sequence[tuple[str, int | None]]:
+        """(pattern, axis) for matrices that the mesh axis 'tensor' splits, or with None copies: for full parameter
+        paths behind a slash, before those of `parallel.TENSOR_AXES`. Needed for large ones that none of these matches.
+        """
+        return ()
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Fresh (params, model_state): float32 parameters, of which params['encoder'] is what evaluations encode with,

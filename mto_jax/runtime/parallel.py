@@ -19,11 +19,13 @@ from mto_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
+Axes = Sequence[tuple[str, int | None]]
 SMALL = 4096  # elements; below that a collective costs more than a copy on each device
 
 # The axis of a parameter that 'tensor' splits: attention heads, and the hidden units of the MLP; None where each device
-# holds all of it on purpose. A pattern is for the full path behind a slash; the first that matches counts.
-TENSOR_AXES = (
+# holds all of it on purpose. A pattern is for the full path behind a slash; the first that matches counts. A method has
+# patterns of its own in `Method.tensor_axes`.
+TENSOR_AXES: Axes = (
     (r'.*/\w*attn/(q|kv|qkv)_kernel', 2),
     (r'.*/\w*attn/[qkv]_bias', 0),
     (r'.*/\w*attn/proj/kernel', 0),
@@ -94,27 +96,31 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, tensor_axes: Axes = ()) -> Any:
     """A NamedSharding for each leaf (anything with a shape) of parameters, optimizer state or a whole training state.
 
     A parameter's moments, averages and copies in a teacher lie as it does: their paths end as its path does.
 
+    Args:
+      tensor_axes: patterns that go before `TENSOR_AXES`.
+
     Raises:
-      UserError: if heads or MLP units do not divide by the axis 'tensor', or no pattern of `TENSOR_AXES` matches a
-        matrix of `SMALL` elements or more while that axis has several devices.
+      UserError: if heads or MLP units do not divide by the axis 'tensor', or no pattern matches a matrix of `SMALL`
+        elements or more while that axis has several devices.
     """
+    table = (*tensor_axes, *TENSOR_AXES)
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
-        return NamedSharding(mesh, _spec(name, leaf.shape, mesh))
+        return NamedSharding(mesh, _spec(name, leaf.shape, mesh, table))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, table: Axes) -> PartitionSpec:
     axes: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
-    axis = _tensor_axis(path, shape, tensor) if tensor > 1 else None
+    axis = _tensor_axis(path, shape, tensor, table) if tensor > 1 else None
     if axis is not None:
         axes[axis] = 'tensor'
     if fsdp > 1 and math.prod(shape) >= SMALL:
@@ -126,13 +132,13 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def _tensor_axis(path: str, shape: tuple[int, ...], tensor: int) -> int | None:
+def _tensor_axis(path: str, shape: tuple[int, ...], tensor: int, table: Axes) -> int | None:
     """The axis of a leaf that `tensor` devices split, or None."""
-    matching = [axis for pattern, axis in TENSOR_AXES if re.fullmatch(pattern, f'/{path}')]
+    matching = [axis for pattern, axis in table if re.fullmatch(pattern, f'/{path}')]
     if not matching and len(shape) > 1 and math.prod(shape) >= SMALL:
         raise UserError(
-            f'mesh.tensor is {tensor}; no pattern covers {path} {shape}: add one to '
-            'mto_jax.runtime.parallel.TENSOR_AXES (None: a copy on each device), or use mesh.tensor=1'
+            f'mesh.tensor is {tensor}; no pattern covers {path} {shape}: give the '
+            "method's tensor_axes one (with None for a copy on each device), or use mesh.tensor=1"
         )
     axis = matching[0] if matching else None
     if axis is not None and shape[axis] % tensor:

@@ -62,6 +62,10 @@ class Classification:
     flip: bool
     constants = {}  # noqa: RUF012
 
+    @property
+    def tensor_axes(self):
+        return self.method.tensor_axes
+
     def init(self, key):
         encoder_key, head_key = jax.random.split(key)
         kernel = 0.01 * jax.random.normal(head_key, (self.method.arch.width, self.num_classes))

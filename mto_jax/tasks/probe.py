@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
         method = methods.build(saved)
         probes.check(method, saved, mesh, saved.data.train_split, saved.data.test_split)
         name, shapes = features.item(method, saved.eval)
-        abstract = checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh))
+        abstract = checkpoint.abstract_like(shapes, parallel.shardings(shapes, mesh, method.tensor_axes))
         return saved, method, reader.restore_item(abstract, step, name)
 
     trained, step, (saved, method, params) = checkpoint.read(config.checkpoint, load)

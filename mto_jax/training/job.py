@@ -53,12 +53,12 @@ class Job:
 
     def sharding(self, mesh: Mesh):
         """How the state lies on the mesh, a tree like it of NamedShardings."""
-        return parallel.shardings(jax.eval_shape(self.create, 0), mesh)
+        return parallel.shardings(jax.eval_shape(self.create, 0), mesh, self.objective.tensor_axes)
 
     def step(self, mesh: Mesh) -> Callable[..., tuple[TrainState, Meter]]:
         """`train_step` jitted for the mesh. It donates state and meter. To be called under `jax.set_mesh(mesh)`."""
         state, everywhere, split = self.sharding(mesh), parallel.replicated(mesh), parallel.along_batch(mesh)
-        constants = parallel.shardings(self.objective.constants, mesh)
+        constants = parallel.shardings(self.objective.constants, mesh, self.objective.tensor_axes)
         return jax.jit(
             self.train_step,
             donate_argnums=(0, 1),

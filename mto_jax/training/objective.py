@@ -28,6 +28,10 @@ class Pretraining:
     flip: bool
     constants = {}  # noqa: RUF012
 
+    @property
+    def tensor_axes(self):
+        return self.method.tensor_axes
+
     def init(self, key):
         return self.method.init(key)
 

@@ -1,7 +1,7 @@
 """The training state, the meter that rides along, and the one train step of every task."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -20,9 +20,11 @@ class Objective(Protocol):
     Attributes:
       constants: arrays that never change while a job runs (a frozen encoder): an argument of the step that is neither
         donated nor part of the state; {} for none.
+      tensor_axes: see `Method.tensor_axes`.
     """
 
     constants: Any
+    tensor_axes: Sequence[tuple[str, int | None]]
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Fresh (params, model_state)."""
