@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from configs import base
 from mto_jax.errors import UserError
 from mto_jax.studies import study
+from mto_jax.studies.table import read
 from mto_jax.tasks import pretrain
 from mto_jax.training import checkpoint, start, train_state
 from tests.conftest import shrink
@@ -90,7 +91,7 @@ def test_weights_of_another_model(finished, tmp_path):
 def test_a_teacher_comes_with_the_weights(tmp_path):
     """Written and read on its own, without a training."""
     own = {'params': {'w': jnp.arange(3.0)}, 'teacher': {'w': jnp.arange(3.0) + 1}}
-    state = train_state.TrainState(jnp.int32(5), own['params'], {}, {'teacher': own['teacher']})
+    state = train_state.TrainState(jnp.int32(5), own['params'], {'count': jnp.int32(5)}, {'teacher': own['teacher']})
     saver = checkpoint.Checkpointer(tmp_path, entries=state.model_state)
     saver.save(state, {}, None, {})
     saver.close()
@@ -107,7 +108,7 @@ def test_members_of_a_study(finished, tmp_path):
     c = fresh(config)
     c.data.crop, c.epochs, c.init_from = 'resize', 1.0, str(workdir)
     c.study.variants, c.study.seeds, c.study.seeds_at_once = {'baseline': {}}, (0, 1), 2
-    rows = study.read(study.run(c, tmp_path / 'study'))
+    rows = read(study.run(c, tmp_path / 'study'))
     untrained = [r['reconstruction'] for r in rows if r['epoch'] == '0']
     assert len(untrained) == 2
     assert untrained[0] == untrained[1]
