@@ -1,9 +1,19 @@
 """Fixtures: small configs on the embedded data, and nothing that needs a network."""
 
 import os
+from importlib import metadata
 
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# The tests' time is XLA's, on programs that then run for milliseconds: it optimises nothing, and leaves out its fusion
+# emitters, where it has this flag (jaxlib 0.11 stops at it). Programs that tests start inherit this.
+os.environ['XLA_FLAGS'] = ' '.join(
+    [
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_backend_optimization_level=0',
+        '--xla_cpu_use_fusion_emitters=false' if metadata.version('jaxlib').startswith('0.10.') else '',
+        '--xla_force_host_platform_device_count=8',
+    ]
+)
 
 import jax
 import numpy as np
@@ -13,6 +23,7 @@ from absl import logging
 from configs import base
 
 logging.set_verbosity(logging.ERROR)
+QUICK = os.environ['XLA_FLAGS'].rpartition(' ')[0]  # without the number of devices
 
 
 @pytest.fixture(scope='session', autouse=True)

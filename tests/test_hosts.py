@@ -20,7 +20,7 @@ from configs import base
 from mto_jax.errors import UserError
 from mto_jax.runtime import hosts, parallel
 from mto_jax.training import checkpoint, job
-from tests.conftest import shrink
+from tests.conftest import QUICK, shrink
 
 SECONDS = 600  # after which a run of two processes hangs, rather than being slow
 
@@ -155,7 +155,7 @@ def launch(workdir, count, devices=2, port=None, different=None, only=None, **fi
         args = [f'--config.{k}={v}' for k, v in settings.items()]
         env = os.environ | {
             'JAX_PLATFORMS': 'cpu',
-            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            'XLA_FLAGS': f'{QUICK} --xla_force_host_platform_device_count={devices}',
             'JAX_COMPILATION_CACHE_DIR': '',
         }
         command = [sys.executable, 'main.py', '--config=configs/quickstart.py', f'--workdir={workdir}', *args]

@@ -17,6 +17,7 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from configs import base
 from mto_jax import methods, tasks
 from mto_jax.attention import Conditioning, DotProduct
 from mto_jax.errors import UserError
@@ -318,27 +319,39 @@ def test_resume_on_other_devices(config, tmp_path, capsys):
             np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(path))
 
 
-def test_a_finished_run_is_not_trained_again(config, tmp_path):
-    first = pretrain.run(config, tmp_path)
-    again = pretrain.run(config, tmp_path)
-    assert same(first, again)
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """(folder, last state) of a run of `config` as it comes."""
+    c = shrink(base.get_config())
+    c.model.dtype = 'float32'
+    folder = tmp_path_factory.mktemp('finished') / 'run'
+    return folder, pretrain.run(c, folder)
 
 
-def test_another_config_is_refused(config, tmp_path):
-    pretrain.run(config, tmp_path)
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the folder of `finished`."""
+    return shutil.copytree(finished[0], tmp_path / 'copied')
+
+
+def test_a_finished_run_is_not_trained_again(config, finished, copied, monkeypatch):
+    monkeypatch.setattr(job.Job, 'step', lambda *_: lambda *_: pytest.fail('it trained'))
+    assert same(finished[1], pretrain.run(config, copied))
+
+
+def test_another_config_is_refused(config, copied):
     config.optim.base_lr, config.log_every = 1.0, 1
     with pytest.raises(UserError, match=r'(?s)optim.base_lr: 0.00015 there, 1.0 now.*resume_anyway') as e:
-        pretrain.run(config, tmp_path)
+        pretrain.run(config, copied)
     assert 'log_every' not in str(e.value)
     config.resume_anyway = True
-    pretrain.run(config, tmp_path)
+    pretrain.run(config, copied)
 
 
-def test_another_model_is_refused(config, tmp_path):
-    pretrain.run(config, tmp_path)
+def test_another_model_is_refused(config, copied):
     config.model.width, config.resume_anyway = 24, True
     with pytest.raises(UserError, match=r'(?s)another model.*\(16, 8\).*\(24, 8\)'):
-        pretrain.run(config, tmp_path)
+        pretrain.run(config, copied)
 
 
 @pytest.mark.parametrize('restarts', [False, True])
@@ -513,11 +526,10 @@ def test_shipped_configs_run_two_steps(name, tmp_path):
     assert int(state.step) == 2
 
 
-def test_probe_configs_read_a_checkpoint(config, tmp_path):
-    pretrain.run(config, tmp_path / 'run')
+def test_probe_configs_read_a_checkpoint(finished, tmp_path):
     for name in ('knn', 'linear'):
         c = importlib.import_module(f'configs.{name}').get_config()
-        c.checkpoint, c.eval.batch_size, c.eval.linear_steps = str(tmp_path / 'run'), 32, 20
+        c.checkpoint, c.eval.batch_size, c.eval.linear_steps = str(finished[0]), 32, 20
         out = tasks.run(c, tmp_path / name)
         saved = json.loads((tmp_path / name / f'{name}.json').read_text())
         assert saved == out
