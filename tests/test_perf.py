@@ -115,11 +115,12 @@ def compile_for(topology, *args):
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU_PYTHON, reason=NO_LIBTPU)
 @pytest.mark.parametrize(
-    ('topology', 'args'), [('v5e:8x8', ()), ('v4:4x4x4', ('--config.mto.w_e=0.1', '--config.mto.w_r=1.0'))]
+    ('topology', 'fields'),
+    [('v5e:8x8', ()), ('v4:4x4x4', ('model.depth=2', 'mae.decoder_depth=3', 'mto.w_e=0.1', 'mto.w_r=1.0'))],
 )
-def test_the_flagship_compiles_for_a_slice(topology, args):
-    """ViT-B, batch 4096, MTO on: as it is, and with losses that read every block of the decoder."""
-    out = compile_for(topology, *args)
+def test_the_flagship_compiles_for_a_slice(topology, fields):
+    """ViT-B, batch 4096, MTO on: as it is; and, of 2 + 3 blocks for time, with losses that read every decoder block."""
+    out = compile_for(topology, *(f'--config.{f}' for f in fields))
     assert 'fits: yes' in out.stdout, out.stderr[-2000:]
     assert 'batch: 4096' in out.stdout
     assert 'all-reduce' in out.stdout
