@@ -307,7 +307,7 @@ def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):
 
 def test_sbatch_reads_every_directive():
     """It stops at the first line that is neither empty nor a comment."""
-    text = (Path(__file__).parents[1] / 'launch' / 'slurm.sh').read_text().splitlines()
+    text = (Path(__file__).parents[2] / 'launch' / 'slurm.sh').read_text().splitlines()
     first = next(i for i, line in enumerate(text) if line and not line.startswith('#'))
     assert any('--signal=TERM@' in line for line in text[:first])
     assert not any(line.startswith('#SBATCH') for line in text[first:])
