@@ -222,7 +222,7 @@ def test_a_workdir_that_cannot_be_written(config, tmp_path):
 
 
 def test_two_jobs_cannot_share_a_workdir(tmp_path):
-    other = 'from mto_jax import workdir; import sys; workdir.hold(sys.argv[1]).__enter__()'
+    other = 'from mto_jax.runtime import workdir; import sys; workdir.hold(sys.argv[1]).__enter__()'
     with workdir.hold(tmp_path):
         command = [sys.executable, '-c', other, str(tmp_path)]
         out = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
