@@ -1,6 +1,7 @@
 """The command line: --config, --workdir, and --config.field=value, for everything that is run."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,8 @@ def _parse(argv):
         _ = _CONFIG.value.task  # where a config file failed to load, this raises
         return rest
     except (AttributeError, KeyError) as e:
-        words = ' '.join(str(e.args[0]).split())
+        # ml_collections wraps the message of one error in another.
+        words = ' '.join(re.sub(r"\\n|[\\']", ' ', str(e.args[0])).strip(' "').split())
         _stop(f'unknown config field: {words}; mto_jax/config.py lists all fields')
     except (flags.Error, OSError) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]

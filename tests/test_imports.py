@@ -1,6 +1,7 @@
 """Imports go one way: a package imports only those before it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_every_part_has_a_level():
 
 def modules():
     return {'mto_jax.' + '.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in ROOT.rglob('*.py')}
+
+
+def test_links_of_the_docs():
+    """Every relative link of the README and the docs leads somewhere."""
+    top = ROOT.parent
+    pages = [*top.glob('*.md'), *top.glob('docs/**/*.md')]
+    links = [(p, link) for p in pages for link in re.findall(r'\]\(([^)#:\s]+)[^):]*\)', p.read_text())]
+    assert len(links) > 50
+    assert not [f'{p.name}: {link}' for p, link in links if not (p.parent / link).exists()]
 
 
 def test_no_circle_of_modules():

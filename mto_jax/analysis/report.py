@@ -165,9 +165,8 @@ def _curves(runs, names):
 
         k = term.removeprefix('val_knn_')
         probe = (f'kNN, k = {k}, on the validation split' if k != term else 'on the validation split', 'accuracy')
-        text, unit = (
-            probe if term.startswith('val_') else MEASURED.get(term.partition('.')[0]) or (LOSSES.get(term, ''), 'loss')
-        )
+        loss = LOSSES.get(term, ''), 'loss' if term in losses(runs) else ''
+        text, unit = probe if term.startswith('val_') else MEASURED.get(term.partition('.')[0], loss)
         figures.append(page.chart(draw, term, text, 'step', unit))
     return page.legend(_names(runs)) + page.grid(figures) if figures else ''
 

@@ -96,8 +96,11 @@ def terms(runs: Sequence[Run]) -> list[str]:
 
 
 def measured(runs: Sequence[Run]) -> list[str]:
-    """Terms that are no part of the objective; after a point a name may have that of a stack."""
-    return [n for known in MEASURED for n in terms(runs) if n.partition('.')[0] == known]
+    """Terms that are no part of the objective: those in `MEASURED` (after a point a name may have that of a stack), and
+    what else a watch found."""
+    known = [n for name in MEASURED for n in terms(runs) if n.partition('.')[0] == name]
+    by_step = {n for r in runs for row in r.rows if 'images_per_s' in row for n in row}
+    return known + [n for n in terms(runs) if n not in known and n not in by_step and not n.startswith('val_')]
 
 
 def losses(runs: Sequence[Run]) -> list[str]:

@@ -218,7 +218,8 @@ def build(config) -> Method:
         if e.name and not module_name.startswith(e.name):
             raise
         raise UserError(
-            f'method is {name!r}: no module {module_name}; use mae, simmim, or an importable module of your own'
+            f'method is {name!r}: no module {module_name}; use mae, simmim, or a module '
+            'of your own beside main.py or in a folder of PYTHONPATH'
         ) from None
     if not hasattr(module, 'build'):
         raise UserError(f'method is {name!r}: the module {module_name} has no build(config)')

@@ -78,7 +78,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
     seed, total, per_epoch = config.seed, training.total, training.per_epoch
     method = training.objective.method
     saver.keep_constants(training.objective.constants)
-    state = begin(config, partial(training.create, seed), training.sharding(mesh), saver)
+    state, before = begin(config, partial(training.create, seed), training.sharding(mesh), saver, total)
     start = int(state.step)
     # Only now: a config that the checkpoint does not fit must not replace the one that it does.
     with hosts.together():
@@ -90,7 +90,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         f'{config.epochs:g} epochs = {total} steps on {mesh.size} {jax.devices()[0].platform} device(s)'
         + (f', resuming at step {start}' if start else '')
     )
-    for line in _changed(saver.about(start), about) if start in saver.steps else ():
+    for line in _changed(before, about) if before else ():
         say(line)
 
     part = parallel.local_part(config.batch_size, mesh)
@@ -108,7 +108,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
         plots.curves(workdir / 'curves.png', {workdir.name: history})
         plots.per_block(workdir / 'heterogeneity.png', history)
         report.finish(workdir, [workdir])
-    say(f'pictures and metrics: {workdir}, checkpoint: {saver.directory / str(total)}')
+    say(f'pictures and metrics: {workdir}, checkpoint: {saver.directory / str(saver.latest())}')
     return state
 
 

@@ -84,8 +84,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     with jax.set_mesh(mesh):
         out = probes.probe(encode, params, saved, mesh, saved.data.test_split, (config.task,))
     out |= {'step': step, 'checkpoint': str(trained), 'split': saved.data.test_split}
+    path = epath.Path(workdir) / f'{config.task}.json'
     if hosts.is_first():
-        write(epath.Path(workdir) / f'{config.task}.json', json.dumps(out, indent=2) + '\n')
+        write(path, json.dumps(out, indent=2) + '\n')
     for name, value in out.items():
         say(f'  {name}: {value:.4f}' if isinstance(value, float) else f'  {name}: {value}')
+    say(f'written to {path}')
     return out

@@ -364,31 +364,33 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def locate(path: str) -> tuple[epath.Path, int]:
-    """The workdir and step that `config.checkpoint` names: a workdir (its newest step) or workdir/checkpoints/step.
+def locate(path: str, field: str = 'checkpoint') -> tuple[epath.Path, int]:
+    """The workdir and step that a config field names: a workdir (its newest step) or workdir/checkpoints/step.
 
     Raises:
-      UserError: if there is no checkpoint.
+      UserError: if there is no checkpoint, naming the field.
     """
     where = epath.Path(path)
     if where.name.isdigit() and where.parent.name == NAME and where.is_dir():
         return where.parent.parent, int(where.name)
     steps = [int(p.name) for p in (where / NAME).glob('*') if p.name.isdigit()]
     if not path or not steps:
+        beside = sorted(int(p.name) for p in where.parent.glob('*') if p.name.isdigit())
+        known = f' (steps there: {", ".join(map(str, beside))})' if where.parent.name == NAME and beside else ''
         raise UserError(
-            f'checkpoint is {path!r}: no checkpoint there; give the workdir of a pre-training, or its '
-            'checkpoints/<step>, with --config.checkpoint'
+            f'{field} is {path!r}: no checkpoint there{known}; give the workdir of a pre-training, or its '
+            f'checkpoints/<step>, with --config.{field}'
         )
     return where, max(steps)
 
 
-def read(path: str, load: Callable[[Checkpointer, int], T]) -> tuple[epath.Path, int, T]:
+def read(path: str, load: Callable[[Checkpointer, int], T], field: str = 'checkpoint') -> tuple[epath.Path, int, T]:
     """Read a checkpoint of a workdir that another job may be training in: `(workdir, step, load(checkpointer, step))`.
 
     Where the newest checkpoint is deleted while it is read, the newest one that is there then is used, and said so.
 
     Args:
-      path: as for `locate`.
+      path, field: as for `locate`.
       load: reads what is needed; called once per attempt. The checkpointer is read-only.
 
     Raises:
@@ -396,7 +398,7 @@ def read(path: str, load: Callable[[Checkpointer, int], T]) -> tuple[epath.Path,
     """
     while True:
         with hosts.together():
-            workdir, step = locate(path)
+            workdir, step = locate(path, field)
         step = hosts.gather(step)[0]
         problem, found = '', None
         with contextlib.closing(Checkpointer(workdir, read_only=True)) as reader:

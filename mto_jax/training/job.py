@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from mto_jax import methods
 from mto_jax.config import check
 from mto_jax.data import order
+from mto_jax.errors import UserError
 from mto_jax.methods import Clock
 from mto_jax.runtime import parallel
 from mto_jax.training import optim, schedules, train_state
@@ -105,5 +107,27 @@ def prepare(config, num_examples: int) -> Job:
     objective = Pretraining(methods.build(config), tuple(data.mean), tuple(data.std), data.flip)
     per_epoch = order.steps_per_epoch(num_examples, config.batch_size)
     total = schedules.to_steps(config.epochs, per_epoch)
+    _require_stacks(objective.method)
     images = jax.ShapeDtypeStruct((config.batch_size // config.accumulate, *data.image_size, data.channels), np.uint8)
     return assemble(objective, config.optim, config.batch_size, total, per_epoch, {'image': images}, config.accumulate)
+
+
+def _require_stacks(method: methods.Method) -> None:
+    """Raises UserError where MTO is on, but the method gives it nothing to read: it would do nothing without a word."""
+    if not method.mto:
+        return
+    watched = dataclasses.replace(method, watch=True)
+
+    def stacks(key):
+        views = dict.fromkeys(method.views, jnp.zeros((1, *method.arch.image_size, method.arch.channels)))
+        result = watched.loss(*watched.init(key), views, key, Clock(jnp.int32(0), 1, 1))
+        return {name: stack.blocks for name, stack in result.stacks.items()}
+
+    found = jax.eval_shape(stacks, jax.eval_shape(lambda: jax.random.key(0)))
+    if silent := [name for name, blocks in found.items() if not blocks] or not found:
+        which = f'the stack {silent[0]!r} has no statistics of its blocks' if found else 'it returns no stack'
+        raise UserError(
+            f'mto.enabled is True, but {type(method).__name__} gives it nothing to read: {which}. '
+            'Give each mask-bearing vit.ViT or vit.Transformer methods.attends(method, arch), and return its '
+            'methods.Stack'
+        )

@@ -103,6 +103,7 @@ def fit(
 
     Args:
       state: at `start`. It is donated.
+      watches: where several give a score, the first one's counts. A state with a score is saved.
       told_to_end: asked after every dispatch; where True, the state is saved and the training ends.
 
     Raises:

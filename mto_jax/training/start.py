@@ -7,7 +7,7 @@
 4. Fresh weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,24 +21,30 @@ from mto_jax.training.checkpoint import Checkpointer
 from mto_jax.training.train_state import TrainState
 
 
-def begin(config: ConfigDict, create: Callable[[], TrainState], sharding: Any, saver: Checkpointer) -> TrainState:
-    """The state to go on from, placed as `sharding` (a tree like it) says.
+def begin(
+    config: ConfigDict, create: Callable[[], TrainState], sharding: Any, saver: Checkpointer, total: int
+) -> tuple[TrainState, Mapping[str, Any] | None]:
+    """The state to go on from, placed as `sharding` (a tree like it) says, and what the run that saved it depended on
+    (`Checkpointer.about`; None where nothing was saved).
 
     Args:
       config: of the run.
       create: the fresh state; jitted here.
       saver: of the run's own checkpoints.
+      total: steps of the training.
 
     Raises:
-      UserError: for a checkpoint that is missing, damaged, or of another model or config.
+      UserError: for a checkpoint that is missing, damaged, of another model or config, or that leaves no step to take.
     """
+    if config.resume_from and config.init_from:
+        raise UserError('resume_from and init_from are both set; give one of them')
     abstract = checkpoint.abstract_like(jax.eval_shape(create), sharding)
     if (state := saver.restore_newest(abstract)) is not None:
-        return state
+        return state, saver.about(int(state.step))
     if config.resume_from:
-        return _resumed(config, abstract)
+        return _resumed(config, abstract, total)
     state = jax.jit(create, out_shardings=sharding)()
-    return initialised(config.init_from, state) if config.init_from else state
+    return initialised(config.init_from, state) if config.init_from else state, None
 
 
 def initialised(path: str, state: TrainState) -> TrainState:
@@ -56,23 +62,28 @@ def initialised(path: str, state: TrainState) -> TrainState:
     def load(reader, step):
         return {name: reader.restore_item(tree, step, name) for name, tree in abstract.items()}
 
-    workdir, step, found = checkpoint.read(path, load)
+    workdir, step, found = checkpoint.read(path, load, 'init_from')
     say(f'weights of {workdir} at step {step}, optimizer fresh')
     return state.replace(
         params=found.pop('params'), model_state={n.removeprefix(checkpoint.STATE): v for n, v in found.items()}
     )
 
 
-def _resumed(config, abstract) -> TrainState:
+def _resumed(config, abstract, total):
     def load(reader, step):
+        if step >= total:
+            raise UserError(
+                f'resume_from is {config.resume_from!r}, at step {step}; this training ends at step {total}: raise '
+                '--config.epochs (with --config.resume_anyway=True), or name an earlier checkpoint'
+            )
         changed = differences(reader.config(step), config.to_dict())
         if changed and not config.resume_anyway:
             raise UserError(
                 f'resume_from is {config.resume_from!r}, a run with another config:\n{listed(changed)}\nUse its '
                 'values, or go on with the new ones: --config.resume_anyway=True'
             )
-        return reader.restore(abstract, step)
+        return reader.restore(abstract, step), reader.about(step)
 
-    workdir, step, state = checkpoint.read(config.resume_from, load)
+    workdir, step, found = checkpoint.read(config.resume_from, load, 'resume_from')
     say(f"the state of {workdir} at step {step}; what is saved from here on is in this run's own workdir")
-    return state
+    return found

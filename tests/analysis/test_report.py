@@ -13,6 +13,7 @@ from etils import epath
 from configs import base
 from mto_jax import tasks
 from mto_jax.analysis import report
+from mto_jax.analysis import runs as analysis_runs
 from mto_jax.errors import UserError
 from mto_jax.runtime.hosts import flatten
 from mto_jax.runtime.log import read_history
@@ -202,3 +203,12 @@ def test_a_report_that_fails_costs_nothing_else(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count('no report.html was written') == 2
     assert 'no config.json' in out
+
+
+def test_what_a_watch_found_is_no_loss(config, tmp_path):
+    """A name that nobody has listed: with the terms of every step it is a loss, from a watch alone it is measured."""
+    rows = [{'step': s, 'loss': 1.0 / s, 'colour': 0.5, 'images_per_s': 9.0} for s in (1, 2)]
+    record(tmp_path / 'a', config.to_dict(), [*rows, {'step': 2, 'effective_rank': 3.5}])
+    loaded = analysis_runs.load([tmp_path / 'a'])
+    assert analysis_runs.losses(loaded) == ['loss', 'colour']
+    assert 'effective_rank' in analysis_runs.measured(loaded)

@@ -62,7 +62,13 @@ def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch)
     c.init_from, c.epochs = str(workdir), 1.0
     begun = []
     real = pretrain.begin
-    monkeypatch.setattr(pretrain, 'begin', lambda *args: begun.append(jax.device_get(real(*args))) or real(*args))
+
+    def begin(*args):
+        state, about = real(*args)
+        begun.append(jax.device_get(state))
+        return state, about
+
+    monkeypatch.setattr(pretrain, 'begin', begin)
     state = pretrain.run(c, tmp_path)
     assert f'weights of {workdir} at step 8' in capsys.readouterr().out
     assert same(begun[0].params, whole.params)
@@ -76,7 +82,7 @@ def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize('field', ['init_from', 'resume_from'])
 def test_no_checkpoint_there(config, tmp_path, field):
     config[field] = str(tmp_path / 'none')
-    with pytest.raises(UserError, match='no checkpoint there'):
+    with pytest.raises(UserError, match=f'{field} is .*no checkpoint there.*config.{field}'):
         pretrain.run(config, tmp_path / 'run')
 
 
@@ -132,3 +138,18 @@ def test_constants_are_written_once(tmp_path):
     with pytest.raises(checkpoint.Damaged, match='checksum'):
         saver.restore_constants(jax.eval_shape(lambda: constants))
     saver.close()
+
+
+def test_no_step_left(finished, tmp_path):
+    """Nothing is trained or saved, and it is said so."""
+    config, workdir, _ = finished
+    c = fresh(config)
+    c.resume_from = str(workdir)
+    with pytest.raises(UserError, match='at step 8; this training ends at step 8'):
+        pretrain.run(c, tmp_path)
+    c.resume_from = str(workdir / 'checkpoints' / '5')
+    with pytest.raises(UserError, match=r'steps there: 4, 6, 8'):
+        pretrain.run(c, tmp_path)
+    c.init_from = str(workdir)
+    with pytest.raises(UserError, match='both set'):
+        pretrain.run(c, tmp_path)

@@ -22,6 +22,7 @@ from mto_jax import methods, tasks
 from mto_jax.attention import Conditioning, DotProduct
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
+from mto_jax.methods import mae
 from mto_jax.models import vit
 from mto_jax.models.layers import Block, trunc_normal_one_std
 from mto_jax.runtime import parallel
@@ -666,3 +667,18 @@ def test_constants_are_not_donated(config):
     assert not target.is_deleted()
     assert float(meter.sums['loss']) < 0.1
     np.testing.assert_allclose(state.params['w'], target, atol=0.5)
+
+
+@pytest.mark.parametrize('left', ['attends', 'stacks'])
+def test_a_method_that_gives_mto_nothing_is_refused(config, monkeypatch, left):
+    """MTO would do nothing there, without a word."""
+    config.mto.enabled, config.mto.recalibration = True, 'ramp'
+    if left == 'attends':
+        monkeypatch.setattr(methods, 'attends', lambda *_: None)
+    else:
+        real = mae.MAE.loss
+        monkeypatch.setattr(mae.MAE, 'loss', lambda *args, **more: real(*args, **more).replace(stacks={}))
+    with pytest.raises(UserError, match=r'MAE gives it nothing to read.*methods\.attends'):
+        job.prepare(config, 100)
+    config.mto.enabled = False
+    job.prepare(config, 100)
