@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mto_jax import mto
+from mto_jax import masking, mto
 from mto_jax.errors import UserError
 from mto_jax.losses import patchify, unpatchify
 from mto_jax.models import vit
@@ -218,7 +218,7 @@ def build(config) -> Method:
         if e.name and not module_name.startswith(e.name):
             raise
         raise UserError(
-            f'method is {name!r}: no module {module_name}; use mae, simmim, or an importable module of your own'
+            f'method is {name!r}: no module {module_name}; use mae, simmim, conmim, or an importable module of your own'
         ) from None
     if not hasattr(module, 'build'):
         raise UserError(f'method is {name!r}: the module {module_name} has no build(config)')
@@ -255,6 +255,15 @@ def architecture(config) -> vit.Architecture:
         remat=m.remat,
         attention=m.attention or None,
     )
+
+
+def check_units(grid: tuple[int, int], field: str, unit: int, mask_ratio: float) -> None:
+    """Raise ValueError where masked units of `unit` patches, the value of `field`, do not fit the grid or the ratio."""
+    if grid[0] % unit or grid[1] % unit:
+        raise ValueError(f'{field} is {unit} patches; it must divide the grid of {grid} patches')
+    units, masked = grid[0] * grid[1] // unit**2, masking.num_masked_units(grid, unit, mask_ratio)
+    if not 1 <= masked < units:
+        raise ValueError(f'mask_ratio is {mask_ratio}: {masked} of {units} units are hidden; 1 to {units - 1} must')
 
 
 def mto_settings(config, depth: int) -> mto.Settings | None:
