@@ -109,7 +109,7 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
 
 FIELDS: dict[str, Field] = {
     'task': shows('pretrain', own=True),  # pretrain, knn, linear, compare, check, report
-    'method': shapes('mae'),  # mae, simmim, or an importable module with build(config)
+    'method': shapes('mae'),  # mae, simmim, conmim, or an importable module with build(config)
     'seed': shapes(0, at_least(0)),
     'workdir': shows('', own=True),  # '' for runs/<name of the config>; the same workdir resumes
     'checkpoint': shows('', own=True),  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
@@ -171,6 +171,14 @@ FIELDS: dict[str, Field] = {
     'mae.decoder_heads': shapes(16, at_least(1)),
     'mae.norm_pix_loss': shapes(True),
     'simmim.mask_unit': shapes(2, at_least(1)),  # patches per side of a masked unit
+    'conmim.mask_unit': shapes(2, at_least(1)),  # patches per side of a masked unit
+    'conmim.hidden': shapes(4096, at_least(1)),  # width of the projector's two hidden layers
+    'conmim.out': shapes(256, at_least(1)),  # and of its last one
+    'conmim.group': shapes(64, at_least(1)),  # images per group of batch normalisation
+    'conmim.temperature': shapes(0.1, above(0)),
+    'conmim.momentum': shapes(0.996, PORTION),  # of the teacher at the first step; it rises to 1 along half a cosine
+    # of the Gaussian blur in the teacher's view: standard deviations in pixels
+    'conmim.blur_radius': shapes((0.1, 2.0), ascending(above(0))),
     # --- MTO: fields as in mto_jax.mto.Settings
     'mto.enabled': shapes(False),
     'mto.recalibration': shapes('none'),
