@@ -18,12 +18,14 @@ MEASURED = {
     'param_norm': ('length of all parameters', 'L2 norm'),
     'model_state_norm': ('length of the model state', 'L2 norm'),
     'token_distance': ('of the mask token from the visible ones', 'standard deviations'),
+    'matched': ('hidden patches whose own place is the likeliest', 'fraction'),
     'images_per_s': ('speed, averaged since the start or the last pause', 'images / s'),
     'data_wait': ('time in which the loop waited for the input pipeline', 'share of the time'),
 }
 LOSSES = {
     'loss': 'all that is minimised, weighted',
     'reconstruction': 'of the hidden patches',
+    'contrast': 'cross-entropy of each hidden patch’s own place, over all places of its image',
     'mto_spa': 'L_spa of MTO, before its weight',
     'mto_e': 'L_e of MTO, before its weight',
     'mto_r': 'L_r of MTO, before its weight',

@@ -20,7 +20,7 @@ STEPS = 20
 def setup(config, method):
     """A model whose heads, units and width divide by what the meshes ask for; MTO on, with all its parts."""
     c = config
-    c.method, c.mask_ratio, c.simmim.mask_unit = method, 0.5, 1
+    c.method, c.mask_ratio, c.simmim.mask_unit, c.conmim.group = method, 0.5, 1, 8
     c.model.width, c.model.heads, c.mae.decoder_width, c.mae.decoder_heads = 64, 4, 32, 4
     c.mto.enabled, c.mto.recalibration, c.mto.w_e, c.mto.w_r, c.mto.w_spa = True, 'ramp', 0.1, 1.0, 0.1
     c.epochs, c.optim.warmup_epochs, c.optim.base_lr, c.data.flip = STEPS / 4, 0.0, 1e-3, True
@@ -48,7 +48,9 @@ def trained(training, config, shape, images):
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
 
 
-@pytest.mark.parametrize('method', ['mae', 'simmim', pytest.param('tests.toy_method', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'method', ['mae', 'simmim', *(pytest.param(m, marks=pytest.mark.slow) for m in ('tests.toy_method', 'conmim'))]
+)
 @pytest.mark.parametrize('meshes', [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=['mixed', 'all'])
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.

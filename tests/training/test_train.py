@@ -513,7 +513,7 @@ def test_pictures_and_metrics(config, tmp_path):
     assert any('val_knn_20' in r for r in rows)
 
 
-CONFIGS = ['mae', 'mae_mto', 'simmim', 'simmim_mto']
+CONFIGS = ['mae', 'mae_mto', 'simmim', 'simmim_mto', 'conmim', 'conmim_mto']
 
 
 @pytest.mark.parametrize('name', CONFIGS)
