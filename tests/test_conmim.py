@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import optax
 import pytest
 
 from configs import conmim as conmim_config
-from mto_jax import methods
+from configs import conmim_mto
+from mto_jax import methods, tasks
 from mto_jax.methods import Clock, conmim
 from mto_jax.runtime import parallel
+from mto_jax.tasks import pretrain
 from mto_jax.training import job, optim, train_state
 from tests.conftest import shrink
 
@@ -362,3 +365,21 @@ def test_mto_reads_the_encoder(rng):
     (_, (terms, _)), gradients = quick(jax.value_and_grad(training.objective.loss, has_aux=True))(params, *arguments)
     assert {'contrast', 'matched', 'mto_spa', 'mto_e', 'mto_r'} <= terms.keys()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((terms, gradients)))
+
+
+@pytest.mark.slow
+def test_resumes_bitwise_and_is_evaluated(tmp_path):
+    """With two microbatches, MTO, teacher and statistics; then kNN of student and teacher."""
+    c = shrink(conmim_mto.get_config())
+    c.accumulate, c.model.dtype = 2, 'float32'
+    full = pretrain.run(c, tmp_path / 'full')
+    shutil.copytree(tmp_path / 'full', tmp_path / 'part')
+    shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '8')
+    again = pretrain.run(c, tmp_path / 'part')
+    for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    c.task, c.checkpoint = 'knn', str(tmp_path / 'part')
+    for weights in ('student', 'teacher'):
+        c.eval.weights = weights
+        assert 0.05 < tasks.run(c, tmp_path / weights)['knn_20'] <= 1
+    assert (tmp_path / 'full' / 'reconstructions.png').stat().st_size > 3000
