@@ -80,9 +80,8 @@ class Strong:
         changes = [lambda x: brighten(x, 1 + by[0]), lambda x: change_contrast(x, 1 + by[1])]
         if image.shape[-1] == 3:
             changes += [lambda x: saturate(x, 1 + by[2]), lambda x: shift_hue(x, by[3])]
-        for i in jax.random.permutation(order_key, len(changes)):
-            image = jax.lax.switch(i, changes, image)
-        return image
+        order = jax.random.permutation(order_key, len(changes))
+        return jax.lax.fori_loop(0, len(changes), lambda n, x: jax.lax.switch(order[n], changes, x), image)
 
 
 def luminance(image: jax.Array) -> jax.Array:
@@ -132,9 +131,11 @@ def gaussian_blur(image: jax.Array, radius: jax.Array, reach: int) -> jax.Array:
     distance = jnp.arange(-reach, reach + 1)
     weights = jnp.exp(-0.5 * jnp.square(distance / radius))
     weights = weights / weights.sum()
-    for axis in (0, 1):
-        padding = [(reach, reach) if i == axis else (0, 0) for i in range(3)]
-        padded = jnp.pad(image, padding, mode='edge')
-        parts = (jax.lax.slice_in_dim(padded, i, i + image.shape[axis], axis=axis) for i in range(2 * reach + 1))
-        image = sum(w * part for w, part in zip(weights, parts, strict=True))
-    return image
+
+    def matrix(size):
+        """What each pixel of a line (first axis) takes from each other."""
+        source = jnp.clip(jnp.arange(size)[:, None] + distance, 0, size - 1)
+        return jnp.where(source[:, None] == jnp.arange(size)[:, None], weights, 0.0).sum(-1)
+
+    height, width, _ = image.shape
+    return jnp.einsum('ih,jw,hwc->ijc', matrix(height), matrix(width), image, precision='highest')
