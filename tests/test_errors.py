@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import base, conmim, conmim_mto, mae, mae_mto, quickstart, simmim, simmim_mto
+from configs import base, bootmae, bootmae_mto, conmim, conmim_mto, mae, mae_mto, quickstart, simmim, simmim_mto
 from configs import report as report_config
 from mto_jax import tasks
 from mto_jax.config import FIELDS, check
@@ -65,6 +65,15 @@ ALONE = {
     'conmim.momentum': 1.1,
     'conmim.temperature': 0.0,
     'conmim.blur_radius': (2.0, 0.1),
+    'bootmae.decoder_depth': 0,
+    'bootmae.decoder_width': 0,
+    'bootmae.block_patches': 0,
+    'bootmae.block_area': (9, 3),
+    'bootmae.block_aspect': 0.0,
+    'bootmae.feature_weight': -1.0,
+    'bootmae.feature_warmup': 0.0,
+    'bootmae.ema_epochs': (),
+    'bootmae.ema_rates': (2.0,),
     'mto.recalibration': 'soft',
     'mto.rows': 'some',
     'mto.affinity': 'cosine',
@@ -169,5 +178,6 @@ def test_fields_and_surroundings(fails, changes, words):
 def test_rules_hold_for_the_shipped_configs(field):
     """None of them breaks one; every rule is about a field that exists."""
     assert FIELDS[field].rule
-    for c in (base, mae, simmim, conmim, mae_mto, simmim_mto, conmim_mto, quickstart, report_config):
+    methods = (mae, mae_mto, simmim, simmim_mto, bootmae, bootmae_mto, conmim, conmim_mto)
+    for c in (base, *methods, quickstart, report_config):
         check(c.get_config())

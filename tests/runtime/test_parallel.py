@@ -48,9 +48,10 @@ def trained(training, config, shape, images):
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
 
 
-@pytest.mark.parametrize(
-    'method', ['mae', 'simmim', *(pytest.param(m, marks=pytest.mark.slow) for m in ('tests.toy_method', 'conmim'))]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('bootmae', 'conmim', 'tests.toy_method')]
+
+
+@pytest.mark.parametrize('method', ['mae', 'simmim', *SLOW])
 @pytest.mark.parametrize('meshes', [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=['mixed', 'all'])
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
@@ -121,7 +122,10 @@ def test_what_the_tensor_axis_splits(prefix):
     }
 
 
-@pytest.mark.parametrize('changes', [{}, {'model.position': 'learned'}, {'method': 'simmim', 'model.position': 'none'}])
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'model.position': 'learned'}, {'method': 'simmim', 'model.position': 'none'}, {'method': 'bootmae'}],
+)
 def test_patterns_cover_the_shipped_methods(changes):
     """Blocks and heads as wide as ViT-B's: every large parameter and moment has a rule."""
     c = base.get_config()
