@@ -15,8 +15,8 @@ from mto_jax.methods import Clock, bootmae
 from mto_jax.training import optim, schedules, train_state
 from mto_jax.training.objective import Pretraining
 from mto_jax.training.train_state import Meter
-from tests import test_parity as parity
-from tests import test_train
+from tests.methods import test_parity as parity
+from tests.training import test_train
 
 # ---------------------------------------------------------------------------------------- the method, once more
 # Written from the description alone, an image at a time, on named arrays: nothing of the package is used.
