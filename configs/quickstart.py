@@ -1,12 +1,12 @@
 """Minutes on a laptop: a small MAE without and with MTO on the embedded images, then probes of both.
 
-    python main.py --config=configs/quickstart.py           # quickstart.py:simmim for SimMIM
+    python main.py --config=configs/quickstart.py           # quickstart.py:simmim, :bootmae, :conmim for the others
 
 The data are 10,000 + 2,000 images of Fashion-MNIST (28 x 28, grey), read by the path that reads ImageNet. Expect a
 table of four rows at the end: both encoders well above the random one.
 """
 
-from configs import base, mae_mto, simmim, simmim_mto
+from configs import base, bootmae, conmim, mae_mto, simmim, simmim_mto
 
 
 def small(c):
@@ -45,13 +45,39 @@ def small_simmim(c):
     return c
 
 
+def small_conmim(c):
+    """ConMIM at this size: single patches as masked units, a narrower projector, a blur that fits 28 pixels.
+
+    Relative positions stay: absolute ones would tell a hidden patch its place without a look at the image. The images
+    are grey, so of the strong view's colour operations only brightness and contrast act.
+    """
+    c = small(c)
+    c.conmim.mask_unit = 1
+    c.conmim.hidden, c.conmim.out, c.conmim.blur_radius = 256, 64, (0.1, 0.5)
+    c.model.layer_scale, c.model.init = 0.0, 'mae'
+    return c
+
+
+def small_bootmae(c):
+    """BootMAE at this size: blocks for a grid of 7 x 7, and a teacher that moves fast enough for a thousand steps."""
+    c = small(c)
+    b = c.bootmae
+    b.decoder_width, b.block_patches, b.block_area = 64, 30, (4, 15)
+    b.ema_epochs, b.ema_rates = (0.0, 5.0), (0.05, 0.01)
+    return c
+
+
 def get_config(method: str = 'mae'):
-    if method not in ('mae', 'simmim'):
-        raise ValueError(f'unknown config argument {method!r}; it must be mae or simmim')
     if method == 'mae':
         c = mae_mto.with_mto(small(base.get_config()))
-    else:
+    elif method == 'simmim':
         c = simmim_mto.with_mto(small_simmim(simmim.get_config()))
+    elif method == 'bootmae':
+        c = mae_mto.with_mto(small_bootmae(bootmae.get_config()))
+    elif method == 'conmim':
+        c = simmim_mto.with_mto(small_conmim(conmim.get_config()))
+    else:
+        raise ValueError(f'unknown config argument {method!r}; it must be mae, simmim, bootmae or conmim')
     c.task = 'compare'
     c.log_every = 100
     c.diagnose_every = 350

@@ -109,7 +109,7 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
 
 FIELDS: dict[str, Field] = {
     'task': shows('pretrain', own=True),  # pretrain, knn, linear, compare, check, report
-    'method': shapes('mae'),  # mae, simmim, or an importable module with build(config)
+    'method': shapes('mae'),  # mae, simmim, bootmae, conmim, or an importable module with build(config)
     'seed': shapes(0, at_least(0)),
     'workdir': shows('', own=True),  # '' for runs/<name of the config>; the same workdir resumes
     'checkpoint': shows('', own=True),  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
@@ -150,13 +150,13 @@ FIELDS: dict[str, Field] = {
     'model.heads': shapes(0, at_least(0)),
     'model.patch_size': shapes(16, at_least(1)),
     'model.mlp_ratio': shapes(4.0, above(0)),
-    'model.position': shapes('sincos'),  # sincos, learned, none
+    'model.position': shapes('sincos'),  # sincos (columns first), sincos_rows, learned, none
     'model.relative_bias': shapes(False),
     'model.class_token': shapes(True),
     'model.qkv_bias': shapes('qkv'),
     'model.layer_scale': shapes(0.0, at_least(0)),
     'model.drop_path': shapes(0.0, within(0, 1)),
-    'model.init': shapes('mae'),  # mae, beit
+    'model.init': shapes('mae'),  # mae, beit, bootmae
     'model.mask_token_scale': shapes(1.0),  # factor of the mask token's initial value
     'model.mask_token_norm': shapes(0.0, at_least(0)),  # its fixed length; 0: free
     # of matrix products; parameters stay float32
@@ -171,6 +171,25 @@ FIELDS: dict[str, Field] = {
     'mae.decoder_heads': shapes(16, at_least(1)),
     'mae.norm_pix_loss': shapes(True),
     'simmim.mask_unit': shapes(2, at_least(1)),  # patches per side of a masked unit
+    'bootmae.decoder_depth': shapes(2, at_least(1)),  # of both decoders
+    'bootmae.decoder_width': shapes(512, at_least(1)),  # of the pixel decoder; the other is as wide as the encoder
+    'bootmae.block_patches': shapes(120, at_least(1)),  # hidden in blocks; the rest of mask_ratio one by one
+    'bootmae.block_area': shapes((16, 60), ascending(at_least(1))),  # of one block, in patches
+    'bootmae.block_aspect': shapes(0.3, PORTION),  # height over width: from this to its inverse
+    'bootmae.weight_patches': shapes(True),  # a hidden patch counts up to twice, the more of its neighbours are hidden
+    'bootmae.feature_weight': shapes(1.0, at_least(0)),  # of the feature loss
+    'bootmae.feature_warmup': shapes(0.25, PORTION),  # fraction of the epochs over which that weight grows from 0
+    # The teacher moves by this fraction of its distance from the student, 1 minus the decay: linear between the epochs
+    'bootmae.ema_epochs': shapes((0.0, 100.0, 400.0), each(at_least(0))),
+    'bootmae.ema_rates': shapes((1e-3, 1e-4, 1e-5), each(PORTION)),
+    'conmim.mask_unit': shapes(2, at_least(1)),  # patches per side of a masked unit
+    'conmim.hidden': shapes(4096, at_least(1)),  # width of the projector's two hidden layers
+    'conmim.out': shapes(256, at_least(1)),  # and of its last one
+    'conmim.group': shapes(64, at_least(1)),  # images per group of batch normalisation
+    'conmim.temperature': shapes(0.1, above(0)),
+    'conmim.momentum': shapes(0.996, PORTION),  # of the teacher at the first step; it rises to 1 along half a cosine
+    # of the Gaussian blur in the teacher's view: standard deviations in pixels
+    'conmim.blur_radius': shapes((0.1, 2.0), ascending(above(0))),
     # --- MTO: fields as in mto_jax.mto.Settings
     'mto.enabled': shapes(False),
     'mto.recalibration': shapes('none'),

@@ -53,6 +53,8 @@ def shrink(c):
     m = c.model
     m.depth, m.width, m.heads, m.patch_size = 2, 16, 2, 7
     c.mae.decoder_depth, c.mae.decoder_width, c.mae.decoder_heads = 2, 8, 2
+    c.conmim.hidden, c.conmim.out, c.conmim.group = 24, 8, 16
+    c.bootmae.decoder_width, c.bootmae.block_patches, c.bootmae.block_area = 20, 8, (2, 5)
     c.batch_size, c.mesh.data, c.allow_cpu = 32, 1, True
     c.epochs, c.optim.warmup_epochs, c.optim.decay_epochs = 2.0, 0.5, ()
     c.log_every, c.diagnose_every, c.checkpoints.every = 3, 4, 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import base, mae, mae_mto, quickstart, simmim, simmim_mto
+from configs import base, bootmae, bootmae_mto, conmim, conmim_mto, mae, mae_mto, quickstart, simmim, simmim_mto
 from configs import report as report_config
 from mto_jax import tasks
 from mto_jax.config import FIELDS, check
@@ -61,6 +61,19 @@ ALONE = {
     'mask_ratio': 1.0,
     'mae.decoder_depth': 0,
     'simmim.mask_unit': 0,
+    'conmim.group': 0,
+    'conmim.momentum': 1.1,
+    'conmim.temperature': 0.0,
+    'conmim.blur_radius': (2.0, 0.1),
+    'bootmae.decoder_depth': 0,
+    'bootmae.decoder_width': 0,
+    'bootmae.block_patches': 0,
+    'bootmae.block_area': (9, 3),
+    'bootmae.block_aspect': 0.0,
+    'bootmae.feature_weight': -1.0,
+    'bootmae.feature_warmup': 0.0,
+    'bootmae.ema_epochs': (),
+    'bootmae.ema_rates': (2.0,),
     'mto.recalibration': 'soft',
     'mto.rows': 'some',
     'mto.affinity': 'cosine',
@@ -121,6 +134,8 @@ def test_a_field_by_itself(fails, field, value):
         ({'mae.decoder_heads': 3}, 'mae.decoder_width and mae.decoder_heads'),
         ({'model.patch_size': 5}, 'data.image_size: height 28'),
         ({'method': 'simmim', 'simmim.mask_unit': 3}, 'simmim.mask_unit'),
+        ({'method': 'conmim', 'conmim.mask_unit': 3}, 'conmim.mask_unit'),
+        ({'method': 'conmim', 'conmim.group': 12}, 'conmim.group is 12 images; it must divide the 32 images of a step'),
         ({'mto.w_r': 1.0, 'mto.blocks': (0,)}, 'mto.w_r'),
         ({'mto.recalibration': 'exclude', 'mto.exclude_blocks': 5}, 'mto.exclude_blocks is 5'),
         ({'eval.features': 'class', 'model.class_token': False}, 'model.class_token'),
@@ -163,5 +178,6 @@ def test_fields_and_surroundings(fails, changes, words):
 def test_rules_hold_for_the_shipped_configs(field):
     """None of them breaks one; every rule is about a field that exists."""
     assert FIELDS[field].rule
-    for c in (base, mae, simmim, mae_mto, simmim_mto, quickstart, report_config):
+    methods = (mae, mae_mto, simmim, simmim_mto, bootmae, bootmae_mto, conmim, conmim_mto)
+    for c in (base, *methods, quickstart, report_config):
         check(c.get_config())

@@ -174,11 +174,11 @@ def _curves(runs, names):
 def _pictures(runs):
     text = 'original, masked, and with predictions where hidden'
     normal = '; each prediction is un-normalised with the true patch'
-    figures = [
-        page.photo(r.picture, r.name, text + normal * bool(r.field('method') == 'mae' and r.field('mae.norm_pix_loss')))
-        for r in runs
-        if r.picture
-    ]
+
+    def normalised(r):
+        return r.field('method') == 'bootmae' or (r.field('method') == 'mae' and r.field('mae.norm_pix_loss'))
+
+    figures = [page.photo(r.picture, r.name, text + normal * bool(normalised(r))) for r in runs if r.picture]
     return page.grid(figures, wide=True) if figures else ''
 
 
@@ -213,7 +213,7 @@ def _heterogeneity(runs):
         parts.append(f'<section><h3>{html.escape(title)}</h3>{page.grid(figures)}</section>')
     text = (
         'On fixed images under fixed masks. Blocks are those of the stack that masked tokens pass through: MAE’s '
-        'decoder, SimMIM’s encoder. Colours mean the same for all runs of a term.'
+        'decoder, SimMIM’s encoder, BootMAE’s decoders. Colours mean the same for all runs of a term.'
     )
     return page.note(text) + page.legend(_names(runs)) + page.grid(parts, wide=True) if parts else ''
 

@@ -17,13 +17,17 @@ MEASURED = {
     'grad_norm': ('length of the gradient, before clipping', 'L2 norm'),
     'param_norm': ('length of all parameters', 'L2 norm'),
     'model_state_norm': ('length of the model state', 'L2 norm'),
+    'feature_weight': ('of the feature loss', 'weight'),
     'token_distance': ('of the mask token from the visible ones', 'standard deviations'),
+    'matched': ('hidden patches whose own place is the likeliest', 'fraction'),
     'images_per_s': ('speed, averaged since the start or the last pause', 'images / s'),
     'data_wait': ('time in which the loop waited for the input pipeline', 'share of the time'),
 }
 LOSSES = {
     'loss': 'all that is minimised, weighted',
     'reconstruction': 'of the hidden patches',
+    'contrast': 'cross-entropy of each hidden patch’s own place, over all places of its image',
+    'features': 'of the teacher, at the hidden patches, before its weight',
     'mto_spa': 'L_spa of MTO, before its weight',
     'mto_e': 'L_e of MTO, before its weight',
     'mto_r': 'L_r of MTO, before its weight',
@@ -31,6 +35,7 @@ LOSSES = {
 # What must be the same for the term of two runs to be compared.
 SAME_PROBE = ('data.name', 'data.data_dir', 'data.val_split')
 SAME_TARGET = ('method', 'mask_ratio', 'mae.norm_pix_loss', 'simmim.mask_unit', 'model.patch_size', 'data.name')
+SAME_TARGET += ('bootmae.block_patches', 'bootmae.block_area', 'bootmae.block_aspect', 'bootmae.weight_patches')
 SAME_TARGET += ('data.data_dir', 'data.train_split', 'data.image_size', 'data.crop', 'data.mean', 'data.std')
 
 

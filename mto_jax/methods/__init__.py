@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mto_jax import mto
+from mto_jax import masking, mto
 from mto_jax.errors import UserError
 from mto_jax.losses import patchify, unpatchify
 from mto_jax.models import vit
@@ -129,9 +129,10 @@ class Method:
         key: jax.Array,
         clock: Clock,
         *,
-        noise: jax.Array | None = None,
+        noise: Any = None,
     ) -> Result:
-        """The losses of one batch, in training mode. `noise` replaces the random numbers of the mask."""
+        """The losses of one batch, in training mode. `noise` replaces the random numbers of the mask: an array, or what
+        else the method's masks take."""
         raise NotImplementedError  # pragma: no cover
 
     def after_update(self, params: Any, model_state: Any, statistics: Any, clock: Clock) -> Any:
@@ -163,7 +164,7 @@ class Method:
 
 
 class SingleModule(Method):
-    """A method of one Linen module, `self.module`, without model state.
+    """A method of one Linen module, `self.module`, without model state unless it adds some.
 
     The module has `__call__(images, *, noise, train) -> Result` with random numbers from the streams 'mask' and
     'dropout', `encode(images, depth, train)`, a submodule named `encoder`, and `to_pixels(result, images)`.
@@ -182,9 +183,9 @@ class SingleModule(Method):
         del model_state, clock
         return self._apply(params, views['image'], key, noise, train=not self.watch)
 
-    def _apply(self, params, images, key, noise=None, train=False) -> Result:
+    def _apply(self, params, images, key, noise=None, train=False, **inputs) -> Result:
         rngs = dict(zip(('mask', 'dropout'), jax.random.split(key), strict=True))
-        return self.module.apply({'params': params}, images, noise=noise, train=train, rngs=rngs)
+        return self.module.apply({'params': params}, images, noise=noise, train=train, **inputs, rngs=rngs)
 
     def encode(self, params, images, *, depth=None, train=False, key=None):
         rngs = {'dropout': key} if train else {}
@@ -218,7 +219,7 @@ def build(config) -> Method:
         if e.name and not module_name.startswith(e.name):
             raise
         raise UserError(
-            f'method is {name!r}: no module {module_name}; use mae, simmim, or a module '
+            f'method is {name!r}: no module {module_name}; use mae, simmim, bootmae, conmim, or a module '
             'of your own beside main.py or in a folder of PYTHONPATH'
         ) from None
     if not hasattr(module, 'build'):
@@ -256,6 +257,30 @@ def architecture(config) -> vit.Architecture:
         remat=m.remat,
         attention=m.attention or None,
     )
+
+
+def check_units(grid: tuple[int, int], field: str, unit: int, mask_ratio: float) -> None:
+    """Raise ValueError where masked units of `unit` patches, the value of `field`, do not fit the grid or the ratio."""
+    if grid[0] % unit or grid[1] % unit:
+        raise ValueError(f'{field} is {unit} patches; it must divide the grid of {grid} patches')
+    units, masked = grid[0] * grid[1] // unit**2, masking.num_masked_units(grid, unit, mask_ratio)
+    if not 1 <= masked < units:
+        raise ValueError(f'mask_ratio is {mask_ratio}: {masked} of {units} units are hidden; 1 to {units - 1} must')
+
+
+def check_visible(config, arch: vit.Architecture) -> int:
+    """How many patches stay visible to an encoder that sees no others.
+
+    Raises:
+      ValueError: if it is all of them, or fewer than the two that MTO's statistics need.
+    """
+    keep = masking.num_visible(arch.num_patches, config.mask_ratio)
+    if not 2 <= keep < arch.num_patches:
+        raise ValueError(
+            f'mask_ratio is {config.mask_ratio}: of {arch.num_patches} patches {keep} stay visible; '
+            f'2 to {arch.num_patches - 1} must'
+        )
+    return keep
 
 
 def mto_settings(config, depth: int) -> mto.Settings | None:

@@ -42,9 +42,7 @@ class Decoder(nn.Module):
         x = nn.Dense(a.width, dtype=a.dtype, kernel_init=flat_xavier, name='embed')(x)
         token = vit.mask_token(self)
         prefix, visible = x[:, : a.num_prefix], x[:, a.num_prefix :]
-        hidden = jnp.broadcast_to(token, (x.shape[0], a.num_patches - visible.shape[1], a.width))
-        patches = jnp.concatenate([visible, hidden], axis=1)
-        patches = jnp.take_along_axis(patches, masks.ids_restore[..., None], axis=1)
+        patches = masking.restore(visible, token, masks)
         embedded = jnp.concatenate([prefix, patches], axis=1)
         positions = jnp.pad(position.sincos_2d(a.grid, a.width), ((a.num_prefix, 0), (0, 0)))
         seen = Conditioning(masked=vit.prefix_false(masks.mask, a.num_prefix), tokens=embedded)
@@ -97,11 +95,6 @@ def build(config) -> MAE:
     decoder = dataclasses.replace(
         encoder, depth=c.decoder_depth, width=c.decoder_width, heads=c.decoder_heads, drop_path=0.0
     )
-    keep = masking.num_visible(encoder.num_patches, config.mask_ratio)
-    if not 2 <= keep < encoder.num_patches:
-        raise ValueError(
-            f'mask_ratio is {config.mask_ratio}: of {encoder.num_patches} patches {keep} stay visible; '
-            f'2 to {encoder.num_patches - 1} must'
-        )
+    methods.check_visible(config, encoder)
     settings = methods.mto_settings(config, decoder.depth)
     return MAE(encoder, settings, decoder, config.mask_ratio, c.norm_pix_loss)

@@ -61,12 +61,5 @@ class MaskedEncoder(nn.Module):
 def build(config) -> SimMIM:
     """SimMIM from `config.model`, `config.simmim`, `config.mto` and `config.data`."""
     arch, unit = methods.architecture(config), config.simmim.mask_unit
-    if arch.grid[0] % unit or arch.grid[1] % unit:
-        raise ValueError(f'simmim.mask_unit is {unit} patches; it must divide the grid of {arch.grid} patches')
-    units = arch.num_patches // unit**2
-    masked = masking.num_masked_units(arch.grid, unit, config.mask_ratio)
-    if not 1 <= masked < units:
-        raise ValueError(
-            f'mask_ratio is {config.mask_ratio}: {masked} of {units} units are hidden; 1 to {units - 1} must'
-        )
+    methods.check_units(arch.grid, 'simmim.mask_unit', unit, config.mask_ratio)
     return SimMIM(arch, methods.mto_settings(config, arch.depth), config.mask_ratio, unit)

@@ -32,6 +32,12 @@ def flat_xavier(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> ja
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def split_xavier(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Xavier-uniform for a fused kernel (inputs, parts, heads, d): each part counts as one layer, as in BootMAE."""
+    bound = math.sqrt(6.0 / (shape[0] + math.prod(shape[2:])))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def layer_norm(name: str) -> nn.LayerNorm:
     """LayerNorm with eps 1e-6, computed and returned in float32."""
     return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
@@ -57,6 +63,8 @@ class Attention(nn.Module):
       heads: number of heads.
       qkv_bias: which of queries, keys and values have a bias: 'qkv' (MAE), 'qv' (BEiT family) or ''.
       kernel_init, proj_init: initialisers of the input matrices and of the output matrix.
+      qkv_init: of the fused matrix of self-attention; None for kernel_init.
+      head_width: features per head; 0 for the width over the heads.
       attend: what is done with queries, keys and values.
     """
 
@@ -64,6 +72,8 @@ class Attention(nn.Module):
     qkv_bias: str = 'qkv'
     kernel_init: Initializer = flat_xavier
     proj_init: Initializer = flat_xavier
+    qkv_init: Initializer | None = None
+    head_width: int = 0
     attend: Attend = DotProduct()
     dtype: Dtype = jnp.float32
 
@@ -73,11 +83,12 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x (B, N, D) to (B, N, D), attending to x or to memory (B, M, D'); and the statistics of `attend`."""
         width = x.shape[-1]
-        d = width // self.heads
+        d = self.head_width or width // self.heads
 
         def project(source, names):
             shape = (source.shape[-1], len(names), self.heads, d)
-            kernel = self.param(f'{names}_kernel', self.kernel_init, shape)
+            init = (self.qkv_init if names == 'qkv' else None) or self.kernel_init
+            kernel = self.param(f'{names}_kernel', init, shape)
             parts = jnp.einsum('bnc,cthd->tbnhd', source.astype(self.dtype), kernel.astype(self.dtype))
             return [
                 part + self.param(f'{name}_bias', nn.initializers.zeros, shape[2:]).astype(self.dtype)
@@ -88,7 +99,7 @@ class Attention(nn.Module):
 
         q, k, v = project(x, 'qkv') if memory is None else (*project(x, 'q'), *project(memory, 'kv'))
         out, stats = self.attend(q, k, v, seen)
-        out = out.reshape(*out.shape[:2], width)
+        out = out.reshape(*out.shape[:2], -1)
         return nn.Dense(width, dtype=self.dtype, kernel_init=self.proj_init, name='proj')(out), stats
 
 
@@ -98,6 +109,7 @@ class Block(nn.Module):
     Attributes:
       heads, mlp_ratio, qkv_bias: as in `vit.Architecture`.
       kernel_init, out_init: initialisers of the first and of the last matrix of each branch.
+      qkv_init, head_width: as in `Attention`.
       layer_scale: initial value of the per-channel scale of each branch; 0 for none.
       drop_path: probability of dropping a branch.
       attend: what is done with queries, keys and values of the self-attention.
@@ -108,6 +120,8 @@ class Block(nn.Module):
     qkv_bias: str = 'qkv'
     kernel_init: Initializer = flat_xavier
     out_init: Initializer = flat_xavier
+    qkv_init: Initializer | None = None
+    head_width: int = 0
     layer_scale: float = 0.0
     drop_path: float = 0.0
     attend: Attend = DotProduct()
@@ -125,8 +139,9 @@ class Block(nn.Module):
             return DropPath(self.drop_path)(y, train)
 
         def attention(name, attend):
-            inits = {'kernel_init': self.kernel_init, 'proj_init': self.out_init}
-            return Attention(self.heads, self.qkv_bias, **inits, attend=attend, dtype=self.dtype, name=name)
+            inits = {'kernel_init': self.kernel_init, 'proj_init': self.out_init, 'qkv_init': self.qkv_init}
+            parts = {'head_width': self.head_width, 'attend': attend, 'dtype': self.dtype}
+            return Attention(self.heads, self.qkv_bias, **inits, **parts, name=name)
 
         y, stats = attention('attn', self.attend)(layer_norm('norm1')(x), seen)
         x = x + branch(y, 'attn')

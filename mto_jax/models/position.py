@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
+def sincos_2d(grid: tuple[int, int], dim: int, rows_first: bool = False) -> np.ndarray:
     """Fixed 2-D sine-cosine embeddings, float32 (h * w, dim), as in MAE (facebookresearch/mae, util/pos_embed.py).
 
     The first half of the features encodes the column, the second the row; each half holds sines, then cosines, of
@@ -12,6 +12,7 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
     Args:
       grid: patches per column (h) and per row (w).
       dim: features, divisible by 4.
+      rows_first: the first half of the features encodes the row, the second the column, as in BootMAE.
 
     Raises:
       ValueError: if dim is not divisible by 4.
@@ -25,7 +26,8 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
         return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
     rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing='ij')
-    return np.concatenate([encode(cols.ravel()), encode(rows.ravel())], axis=1).astype(np.float32)
+    first, second = (rows, cols) if rows_first else (cols, rows)
+    return np.concatenate([encode(first.ravel()), encode(second.ravel())], axis=1).astype(np.float32)
 
 
 def num_relative_distances(grid: tuple[int, int]) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mto_jax import losses
 from mto_jax.attention import Attend, Conditioning, DotProduct
 from mto_jax.models import position
-from mto_jax.models.layers import Block, flat_xavier, layer_norm, trunc_normal_one_std
+from mto_jax.models.layers import Block, flat_xavier, layer_norm, split_xavier, trunc_normal_one_std
 from mto_jax.runtime import parallel
 
 # depth, width, heads
@@ -38,7 +38,8 @@ class Architecture:
       patch_size: side of a patch in pixels.
       depth, width, heads: of the stack.
       mlp_ratio: hidden over model width.
-      position: 'sincos' (fixed), 'learned', or 'none'.
+      head_width: features per head; 0 for width / heads, which must then be a whole number.
+      position: 'sincos' (fixed, columns first), 'sincos_rows' (fixed, rows first), 'learned', or 'none'.
       relative_bias: add one relative-position bias table, shared by all blocks.
       class_token: prepend a class token.
       qkv_bias: which of queries, keys, values have a bias.
@@ -46,7 +47,8 @@ class Architecture:
       drop_path: rate of the last block; it grows linearly from 0.
       mask_token_scale: factor of the mask token's initial value.
       mask_token_norm: length that the mask token is scaled to; 0 leaves it free.
-      init: 'mae' (xavier uniform, normal tokens) or 'beit' (normals cut at one deviation, scaled with depth).
+      init: 'mae' (Xavier uniform, normal tokens), 'beit' (normals cut at one deviation, scaled with depth), or
+        'bootmae' (Xavier uniform, queries, keys and values apart; class token nearly 0, mask token as in 'beit').
       dtype: of matrix products and the residual stream; parameters are float32.
       remat: recompute each block in the backward pass.
       attention: implementation for jax.nn.dot_product_attention ('xla', 'cudnn'), or None for plain products.
@@ -59,6 +61,7 @@ class Architecture:
     width: int
     heads: int
     mlp_ratio: float = 4.0
+    head_width: int = 0
     position: str = 'sincos'
     relative_bias: bool = False
     class_token: bool = True
@@ -78,19 +81,19 @@ class Architecture:
                 raise ValueError(
                     f'data.image_size: {side} {pixels} does not divide by model.patch_size {self.patch_size}'
                 )
-        if self.width % self.heads:
+        if self.width % self.heads and not self.head_width:
             raise ValueError(
                 f'width {self.width} does not divide by {self.heads} heads (model.width and model.heads, or '
                 'mae.decoder_width and mae.decoder_heads)'
             )
-        if self.position == 'sincos' and self.width % 4:
+        if self.position.startswith('sincos') and self.width % 4:
             raise ValueError(
-                f'width {self.width} does not divide by 4, which sine-cosine positions need (model.width, or '
-                'mae.decoder_width)'
+                f'width {self.width} does not divide by 4, which sine-cosine positions need (model.width, '
+                'mae.decoder_width, or bootmae.decoder_width)'
             )
         for name, value, allowed in (
-            ('position', self.position, ('sincos', 'learned', 'none')),
-            ('init', self.init, ('mae', 'beit')),
+            ('position', self.position, ('sincos', 'sincos_rows', 'learned', 'none')),
+            ('init', self.init, ('mae', 'beit', 'bootmae')),
             ('qkv_bias', self.qkv_bias, ('qkv', 'qv', '')),
         ):
             if value not in allowed:
@@ -111,11 +114,19 @@ class Architecture:
 
     @property
     def weight_init(self):
-        return flat_xavier if self.init == 'mae' else trunc_normal_one_std()
+        return trunc_normal_one_std() if self.init == 'beit' else flat_xavier
 
     @property
-    def token_init(self):
+    def qkv_init(self):
+        return split_xavier if self.init == 'bootmae' else self.weight_init
+
+    @property
+    def mask_token_init(self):
         return nn.initializers.normal(0.02) if self.init == 'mae' else trunc_normal_one_std()
+
+    @property
+    def cls_token_init(self):
+        return nn.initializers.normal(1e-6) if self.init == 'bootmae' else self.mask_token_init
 
 
 @flax.struct.dataclass
@@ -168,7 +179,9 @@ class Transformer(nn.Module):
                 mlp_ratio=a.mlp_ratio,
                 qkv_bias=a.qkv_bias,
                 kernel_init=a.weight_init,
-                out_init=a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))),
+                out_init=trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1))) if a.init == 'beit' else a.weight_init,
+                qkv_init=a.qkv_init,
+                head_width=a.head_width,
                 layer_scale=a.layer_scale,
                 drop_path=a.drop_path * i / max(a.depth - 1, 1),
                 attend=attends[i] or plain,
@@ -232,9 +245,9 @@ class ViT(nn.Module):
             x = jnp.where(mask[..., None], mask_token(self), x)
         embedded = x
 
-        cls = self.param('cls_token', a.token_init, (1, 1, a.width)) if a.class_token else None
-        if a.position == 'sincos':
-            x = x + jnp.asarray(position.sincos_2d(a.grid, a.width), a.dtype)
+        cls = self.param('cls_token', a.cls_token_init, (1, 1, a.width)) if a.class_token else None
+        if a.position.startswith('sincos'):
+            x = x + jnp.asarray(position.sincos_2d(a.grid, a.width, a.position == 'sincos_rows'), a.dtype)
         elif a.position == 'learned':
             table = self.param('pos_embed', trunc_normal_one_std(), (1, a.num_prefix + a.num_patches, a.width))
             x = x + table[:, a.num_prefix :].astype(a.dtype)
@@ -262,7 +275,7 @@ def mask_token(module: nn.Module) -> jax.Array:
     a = module.arch
 
     def init(*args):
-        token = a.token_init(*args)
+        token = a.mask_token_init(*args)
         return token if a.mask_token_scale == 1.0 else a.mask_token_scale * token
 
     token = module.param('mask_token', init, (1, 1, a.width))

@@ -20,7 +20,7 @@ STEPS = 20
 def setup(config, method):
     """A model whose heads, units and width divide by what the meshes ask for; MTO on, with all its parts."""
     c = config
-    c.method, c.mask_ratio, c.simmim.mask_unit = method, 0.5, 1
+    c.method, c.mask_ratio, c.simmim.mask_unit, c.conmim.group = method, 0.5, 1, 8
     c.model.width, c.model.heads, c.mae.decoder_width, c.mae.decoder_heads = 64, 4, 32, 4
     c.mto.enabled, c.mto.recalibration, c.mto.w_e, c.mto.w_r, c.mto.w_spa = True, 'ramp', 0.1, 1.0, 0.1
     c.epochs, c.optim.warmup_epochs, c.optim.base_lr, c.data.flip = STEPS / 4, 0.0, 1e-3, True
@@ -48,7 +48,10 @@ def trained(training, config, shape, images):
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
 
 
-@pytest.mark.parametrize('method', ['mae', 'simmim', pytest.param('tests.toy_method', marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('bootmae', 'conmim', 'tests.toy_method')]
+
+
+@pytest.mark.parametrize('method', ['mae', 'simmim', *SLOW])
 @pytest.mark.parametrize('meshes', [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=['mixed', 'all'])
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
@@ -119,7 +122,10 @@ def test_what_the_tensor_axis_splits(prefix):
     }
 
 
-@pytest.mark.parametrize('changes', [{}, {'model.position': 'learned'}, {'method': 'simmim', 'model.position': 'none'}])
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'model.position': 'learned'}, {'method': 'simmim', 'model.position': 'none'}, {'method': 'bootmae'}],
+)
 def test_patterns_cover_the_shipped_methods(changes):
     """Blocks and heads as wide as ViT-B's: every large parameter and moment has a rule."""
     c = base.get_config()

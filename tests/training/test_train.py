@@ -4,7 +4,6 @@ import ast
 import contextlib
 import importlib
 import json
-import math
 import re
 import shutil
 
@@ -24,7 +23,7 @@ from mto_jax.errors import UserError
 from mto_jax.evals import probes
 from mto_jax.methods import mae
 from mto_jax.models import vit
-from mto_jax.models.layers import Block, trunc_normal_one_std
+from mto_jax.models.layers import Block
 from mto_jax.runtime import parallel
 from mto_jax.runtime.log import read_history
 from mto_jax.tasks import pretrain
@@ -50,7 +49,7 @@ def lowered(config):
     return jax.jit(training.train_step).lower(state, meter, {}, batch, jax.random.key(0)).as_text()
 
 
-@pytest.mark.parametrize('name', ['mae', 'simmim'])
+@pytest.mark.parametrize('name', ['mae', 'simmim', 'bootmae'])
 def test_mto_off_costs_nothing(config, monkeypatch, name):
     """With MTO off the step lowers to the text of a model whose blocks know no hook at all."""
     config.method, config.mask_ratio = name, 0.5
@@ -65,7 +64,7 @@ def test_mto_off_costs_nothing(config, monkeypatch, name):
 
 
 class PlainStack(nn.Module):
-    """The same blocks in a loop, without a mask, a choice of attention, taps or statistics."""
+    """The same blocks in a loop, without a mask, a choice of attention or statistics."""
 
     arch: vit.Architecture
     attends: None = None
@@ -73,13 +72,13 @@ class PlainStack(nn.Module):
 
     @nn.compact
     def __call__(self, x, seen, *, train=False, depth=None):
-        a = self.arch
-        for i in range(a.depth):
-            out = a.weight_init if a.init == 'mae' else trunc_normal_one_std(0.02 / math.sqrt(2 * (i + 1)))
-            parts = {'kernel_init': a.weight_init, 'out_init': out, 'attend': DotProduct(a.attention), 'dtype': a.dtype}
+        a, taps = self.arch, {}
+        for i in range(a.depth if depth is None else depth):
+            parts = {'head_width': a.head_width, 'attend': DotProduct(a.attention), 'dtype': a.dtype}
             block = Block(a.heads, a.mlp_ratio, a.qkv_bias, **parts, name=f'block{i}')
-            x, _ = block(x, Conditioning(bias=seen.bias), train)
-        return vit.Encoded(x, {}, {})
+            x, _ = block(x, Conditioning(bias=seen.bias, memory=seen.memory), train)
+            taps[i] = x
+        return vit.Encoded(x, {}, taps)
 
 
 def test_accumulation_is_the_mean_over_microbatches(config):
@@ -131,6 +130,7 @@ def test_adamw_against_numpy(config, rng):
     [
         ('mae', {'kernel', 'qkv_kernel', 'cls_token', 'mask_token'}, 85),
         ('simmim', {'kernel', 'qkv_kernel', 'mask_token', 'relative_bias_table'}, 52),
+        ('bootmae', {'kernel', 'qkv_kernel', 'q_kernel', 'kv_kernel', 'mask_token'}, 83),
     ],
 )
 def test_decay_of_the_official_recipes(name, decayed, count):
@@ -271,12 +271,15 @@ def test_inclusive_warmup_of_one_step_is_its_start(config):
     assert [float(f(step)) for step in (0, 1)] == pytest.approx([1e-5, 1e-3])
 
 
-@pytest.mark.parametrize('devices', [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_resume_is_bitwise(config, tmp_path, devices):
+@pytest.mark.parametrize(
+    ('method', 'devices'),
+    [('mae', 1), pytest.param('mae', 8, marks=pytest.mark.slow), pytest.param('bootmae', 8, marks=pytest.mark.slow)],
+)
+def test_resume_is_bitwise(config, tmp_path, method, devices):
     """Stopped after a checkpoint in the middle of an epoch, by deleting what came later, and started again."""
     config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
     config.model.drop_path, config.checkpoints.every, config.checkpoints.keep = 0.2, 3, 9
-    config.mesh.data = devices
+    config.method, config.mesh.data = method, devices
     whole = pretrain.run(config, tmp_path / 'whole')
     shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
     for step in (6, 8):
@@ -514,7 +517,7 @@ def test_pictures_and_metrics(config, tmp_path):
     assert any('val_knn_20' in r for r in rows)
 
 
-CONFIGS = ['mae', 'mae_mto', 'simmim', 'simmim_mto']
+CONFIGS = [m + end for m in ('mae', 'simmim', 'bootmae', 'conmim') for end in ('', '_mto')]
 
 
 @pytest.mark.parametrize('name', CONFIGS)

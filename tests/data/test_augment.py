@@ -1,0 +1,121 @@
+"""Augmentations on the device against PIL, colorsys and their own probabilities."""
+
+import colorsys
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from mto_jax.data import augment
+
+# Compiled quickly rather than for speed.
+quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@pytest.fixture
+def picture(rng):
+    """Smooth colours with some noise, uint8 (40, 56, 3), black and white included."""
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((56, 40), Image.BICUBIC)
+    image = np.asarray(coarse, np.int64) + rng.integers(-8, 9, (40, 56, 3))
+    image[:4], image[-4:] = 0, 255
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def levels(function, image, *arguments):
+    """What a function makes of a uint8 image, in 255ths."""
+    return 255 * np.asarray(function(jnp.float32(image) / 255, *arguments), np.float64)
+
+
+ENHANCE = {
+    'brighten': ImageEnhance.Brightness,
+    'change_contrast': ImageEnhance.Contrast,
+    'saturate': ImageEnhance.Color,
+}
+
+
+@pytest.mark.parametrize('factor', [0.6, 0.93, 1.0, 1.4])
+@pytest.mark.parametrize('name', ENHANCE)
+def test_jitter_against_pil(picture, name, factor):
+    """PIL rounds its greys and cuts off fractions: it lies up to one level below, and half of |1 - factor| around."""
+    theirs = np.asarray(ENHANCE[name](Image.fromarray(picture)).enhance(factor), np.float64)
+    above = levels(getattr(augment, name), picture, factor) - theirs
+    slack = abs(1 - factor) / 2 + 1e-3
+    assert -slack <= above.min() <= above.max() <= 1 + slack
+    if name == 'brighten':
+        assert np.abs(above).max() <= 1
+
+
+@pytest.mark.parametrize('shift', [-0.1, 0.03, 0.1])
+def test_hue_against_colorsys(picture, shift):
+    def turned(pixel):
+        h, s, v = colorsys.rgb_to_hsv(*pixel / 255)
+        return colorsys.hsv_to_rgb((h + shift) % 1, s, v)
+
+    wanted = 255 * np.apply_along_axis(turned, -1, picture)
+    np.testing.assert_allclose(levels(augment.shift_hue, picture, shift), wanted, atol=1e-2)
+
+
+def test_grey_and_solarisation_against_pil(picture):
+    image = Image.fromarray(picture)
+    np.testing.assert_allclose(levels(augment.luminance, picture)[..., 0], np.asarray(image.convert('L')), atol=0.51)
+    solar = np.asarray(ImageOps.solarize(image, 128), np.float64)
+    np.testing.assert_allclose(levels(augment.solarize, picture), solar, atol=1e-3)
+
+
+@pytest.mark.parametrize('radius', [0.1, 0.5, 1.1, 2.0])
+def test_blur_against_pil(picture, radius):
+    """PIL's Gaussian is three box filters: within two levels in the mean."""
+    theirs = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)), np.float64)
+    ours = levels(augment.gaussian_blur, picture, radius, 6)
+    assert np.abs(ours - theirs).mean() < 2
+    impulse = np.zeros((13, 13, 1), np.uint8)
+    impulse[6, 6] = 255
+    at = np.exp(-0.5 * (np.arange(-6, 7) / radius) ** 2)
+    at = at / at.sum()
+    np.testing.assert_allclose(
+        levels(augment.gaussian_blur, impulse, radius, 6)[..., 0], 255 * np.outer(at, at), atol=1e-2
+    )
+
+
+def near(count, total, probability):
+    """Whether a count lies within five standard errors of what is expected."""
+    return abs(count - total * probability) < 5 * np.sqrt(total * probability * (1 - probability))
+
+
+def test_probabilities_of_the_strong_view(rng):
+    """Each with its own, per image: turned grey, inverted at the top, and left as it was; never outside [0, 1]."""
+    n = 3000
+    images = np.tile(rng.uniform(0.2, 0.45, (1, 3, 4, 3)), (n, 1, 1, 1)).astype(np.float32)
+    images[:, 0, 0] = 0.0, 0.5, 1.0
+    out = np.asarray(quick(augment.Strong())(jax.random.key(int(rng.integers(2**31))), images))
+    assert out.shape == images.shape
+    assert out.min() >= 0
+    assert out.max() <= 1 + 1e-6
+    assert near((np.ptp(out, axis=-1) < 1e-6).all((1, 2)).sum(), n, 0.2)
+    assert near((np.abs(out - images) < 1e-6).all((1, 2, 3)).sum(), n, 0.2 * 0.8 * 0.9 * 0.8)
+    only = quick(augment.Strong(jitter=0, grey=0, blur=0))
+    out = np.asarray(only(jax.random.key(int(rng.integers(2**31))), images))
+    assert near((out[:, 0, 0, 2] == 0).sum(), n, 0.2)
+
+
+def test_factors_of_the_jitter(rng):
+    """Uniform in 0.6 to 1.4 for the brightness, one per image."""
+    n = 2000
+    images = np.full((n, 1, 2, 3), 0.25, np.float32)
+    bright = augment.Strong(1, 0, 0, 0, brightness=0.4, contrast=0, saturation=0, hue=0)
+    factor = np.asarray(quick(bright)(jax.random.key(int(rng.integers(2**31))), images))[:, 0, 0, 0] / 0.25
+    assert 0.6 <= factor.min() < 0.61
+    assert 1.39 < factor.max() <= 1.4
+    assert abs(factor.mean() - 1) < 5 * 0.8 / np.sqrt(12 * n)
+
+
+def test_other_channels_keep_their_colours(rng):
+    """One channel and five: the jitter's hue and saturation do nothing, and nothing turns grey."""
+    for channels in (1, 5):
+        images = rng.uniform(size=(6, 3, 4, channels)).astype(np.float32)
+        colour = augment.Strong(jitter=1, grey=1, blur=0, solarize=0, brightness=0, contrast=0)
+        np.testing.assert_allclose(quick(colour)(jax.random.key(0), images), images, atol=1e-6)
+        assert jax.eval_shape(augment.Strong(), jax.random.key(0), images).shape == images.shape
