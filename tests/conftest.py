@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from configs import base
 
@@ -32,6 +33,14 @@ def compile_once(tmp_path_factory):
     jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def draw_once():
+    """To lay out a figure takes as long as to draw it, and no test looks at where things lie in it."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ConstrainedLayoutEngine, 'execute', lambda *_: None)
+        yield
 
 
 @pytest.fixture
@@ -57,7 +66,8 @@ def shrink(c):
     c.bootmae.decoder_width, c.bootmae.block_patches, c.bootmae.block_area = 20, 8, (2, 5)
     c.batch_size, c.mesh.data, c.allow_cpu = 32, 1, True
     c.epochs, c.optim.warmup_epochs, c.optim.decay_epochs = 2.0, 0.5, ()
-    c.log_every, c.diagnose_every, c.checkpoints.every = 3, 4, 2
+    # Pictures take longer than such a training: tests that are about them ask for them.
+    c.log_every, c.diagnose_every, c.checkpoints.every = 3, 0, 2
     c.eval.every_epochs, c.eval.batch_size, c.eval.linear_steps = 0.0, 32, 20
     return c
 

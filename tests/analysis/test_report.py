@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
     """A short training with MTO, and one as it might be without, whose name HTML must not read as a tag."""
     root = epath.Path(tmp_path_factory.mktemp('runs'))
     c = shrink(base.get_config())
-    c.model.dtype, c.eval.every_epochs = 'float32', 1.0
+    c.model.dtype, c.eval.every_epochs, c.diagnose_every = 'float32', 1.0, 4
     c.mto.enabled, c.mto.w_r, c.mto.initial_blocks = True, 0.1, 1
     pretrain.run(c, root / 'mto')
     rows = read_history(root / 'mto')

@@ -99,7 +99,7 @@ def flagship(photos, tmp_path):
     c.model.width, c.model.depth, c.model.heads = 24, 2, 2
     c.mae.decoder_width, c.mae.decoder_depth, c.mae.decoder_heads = 16, 2, 2
     c.batch_size, c.epochs, c.optim.warmup_epochs = 16, 2.0, 1.0
-    c.log_every, c.diagnose_every, c.checkpoints.every = 2, 4, 3
+    c.log_every, c.diagnose_every, c.checkpoints.every = 2, 4 if photos[0] == 'folder' else 0, 3
     c.eval.batch_size, c.eval.linear_steps = 8, 20
     c.mesh.data, c.allow_cpu = 1, True
     return c

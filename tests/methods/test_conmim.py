@@ -130,7 +130,7 @@ def named(tree):
     ids=['two groups', 'one group'],
 )
 def test_against_float64(rng, fields):
-    """Loss and running statistics to 1e-5, and every gradient to 1e-5 of its largest value."""
+    """Loss and running statistics to 1e-5, every gradient to 1e-5 of its largest value and 2e-7 of the norm of all."""
     c = tiny(**fields)
     training = job.prepare(c, 130)
     method = training.objective.method
@@ -165,7 +165,9 @@ def test_against_float64(rng, fields):
     assert np.abs(exact.pop(VANISHES)).max() < 1e-12 * norm
     assert np.abs(gradients.pop(VANISHES)).max() < 1e-6 * norm
     for name, g in exact.items():
-        np.testing.assert_allclose(gradients[name], g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg=name)
+        # The second term is for sums that cancel almost: batch normalisation takes away what all tokens share.
+        atol = 1e-5 * np.abs(g).max() + 2e-7 * norm
+        np.testing.assert_allclose(gradients[name], g, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.slow
@@ -371,7 +373,7 @@ def test_mto_reads_the_encoder(rng):
 def test_resumes_bitwise_and_is_evaluated(tmp_path):
     """With two microbatches, MTO, teacher and statistics; then kNN of student and teacher."""
     c = shrink(conmim_mto.get_config())
-    c.accumulate, c.model.dtype = 2, 'float32'
+    c.accumulate, c.model.dtype, c.diagnose_every = 2, 'float32', 4
     full = pretrain.run(c, tmp_path / 'full')
     shutil.copytree(tmp_path / 'full', tmp_path / 'part')
     shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '8')

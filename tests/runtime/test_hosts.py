@@ -217,13 +217,22 @@ def test_two_processes_train_as_one_and_hand_over(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_teacher_train_as_one(tmp_path):
-    """tests/toy_method.py: parameters, teacher and running statistics."""
+@pytest.mark.parametrize(
+    ('method', 'sizes'),
+    [
+        ('tests.toy_method', {}),
+        ('bootmae', {'decoder_width': 20, 'block_patches': 8, 'block_area': (2, 5)}),
+        ('conmim', {'hidden': 24, 'out': 8, 'group': 16, 'mask_unit': 1}),
+    ],
+)
+def test_two_processes_with_a_teacher_train_as_one(tmp_path, method, sizes):
+    """Parameters, teacher and running statistics."""
     one, two = (str(tmp_path / n) for n in ('one', 'two'))
-    fields = {'method': 'tests.toy_method', 'eval__weights': 'teacher'}
+    fields = {f'{method}__{name}': value for name, value in sizes.items()}
+    fields |= {'method': method, 'eval__weights': 'teacher'}
     assert finish(launch(one, 1, devices=4, **fields)) == [0], output(one)
     assert finish(launch(two, 2, **fields)) == [0, 0], output(two)
-    states = (restored(folder, 8, 'tests.toy_method') for folder in (one, two))
+    states = (restored(folder, 8, method) for folder in (one, two))
     assert largest_difference(*states) < 1e-5
 
 

@@ -28,7 +28,7 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
     config.method = method
     config.data.crop, config.data.train_split = 'resize', 'train[:100]'
     config.mto.enabled, config.mto.recalibration, config.mto.w_e = True, 'ramp', 0.1
-    config.epochs, config.optim.base_lr, config.diagnose_every = 3.0, 0.01, 0
+    config.epochs, config.optim.base_lr = 3.0, 0.01
     images, _ = memory.load(config.data, config.data.train_split)
     training = job.prepare(config, len(images))
     create = jax.jit(training.create)

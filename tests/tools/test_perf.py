@@ -99,30 +99,31 @@ TPU_PYTHON = os.environ.get('MTO_JAX_TPU_PYTHON')
 NO_LIBTPU = 'needs libtpu in an environment of its own; MTO_JAX_TPU_PYTHON names its interpreter'
 
 
-def compile_for(topology, *args):
-    command = [
-        TPU_PYTHON,
-        '-m',
-        'mto_jax.tools.compile_tpu',
-        '--config=configs/mae_mto.py',
-        f'--topology={topology}',
-        *args,
-    ]
-    env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # those of conftest.py make XLA skip work
+def compile_for(topology, *args, config='mae_mto'):
+    command = [TPU_PYTHON, '-m', 'mto_jax.tools.compile_tpu', f'--config=configs/{config}.py', f'--topology={topology}']
+    env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # those of conftest.py are for CPUs
+    # A quarter of the time, for a slower program; benchmarks/tpu.sh and docs/tpu.md have those that would be run.
+    env |= {'JAX_OPTIMIZATION_LEVEL': 'O0', 'JAX_EXEC_TIME_OPTIMIZATION_EFFORT': '-1.0'}
+    command += args
     return subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU_PYTHON, reason=NO_LIBTPU)
 @pytest.mark.parametrize(
-    ('topology', 'fields'),
-    [('v5e:8x8', ()), ('v4:4x4x4', ('model.depth=2', 'mae.decoder_depth=3', 'mto.w_e=0.1', 'mto.w_r=1.0'))],
+    ('config', 'topology', 'fields'),
+    [
+        ('mae_mto', 'v5e:8x8', ()),
+        ('mae_mto', 'v4:4x4x4', ('model.depth=2', 'mae.decoder_depth=3', 'mto.w_e=0.1', 'mto.w_r=1.0')),
+        ('bootmae_mto', 'v5e:2x2', ()),
+        ('conmim_mto', 'v5e:2x2', ()),
+    ],
 )
-def test_the_flagship_compiles_for_a_slice(topology, fields):
-    """ViT-B, batch 4096, MTO on: as it is; and, of 2 + 3 blocks for time, with losses that read every decoder block."""
-    out = compile_for(topology, *(f'--config.{f}' for f in fields))
+def test_the_methods_compile_for_a_slice(config, topology, fields):
+    """ViT-B with MTO, 64 images a chip: as it is; the flagship also with losses that read every decoder block."""
+    out = compile_for(topology, '--per_chip_batch=64', *(f'--config.{f}' for f in fields), config=config)
     assert 'fits: yes' in out.stdout, out.stderr[-2000:]
-    assert 'batch: 4096' in out.stdout
+    assert '(64 a chip)' in out.stdout
     assert 'all-reduce' in out.stdout
 
 

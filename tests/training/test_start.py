@@ -19,7 +19,7 @@ from tests.conftest import shrink
 def finished(tmp_path_factory):
     """A finished run of 8 steps with checkpoints at 4, 6, 8: config, workdir, state."""
     c = shrink(base.get_config())
-    c.model.dtype, c.checkpoints.keep, c.diagnose_every = 'float32', 3, 0
+    c.model.dtype, c.checkpoints.keep = 'float32', 3
     workdir = tmp_path_factory.mktemp('finished')
     return c, workdir, pretrain.run(c, workdir)
 

@@ -295,7 +295,7 @@ def test_resume_is_bitwise(config, tmp_path, method, devices):
 
 def test_the_last_step_is_always_saved(config, tmp_path):
     """Also where nothing else is asked for; and a run that ended before its first save leaves no rows to the next."""
-    config.checkpoints.every = config.diagnose_every = 0
+    config.checkpoints.every = 0
     (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "loss": 9.0}\n')
     pretrain.run(config, tmp_path)
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()] == ['8']
@@ -503,7 +503,7 @@ def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):
 
 
 def test_pictures_and_metrics(config, tmp_path):
-    config.eval.every_epochs = 1.0
+    config.eval.every_epochs, config.diagnose_every = 1.0, 4
     pretrain.run(config, tmp_path)
     for name in ('curves.png', 'heterogeneity.png', 'reconstructions.png'):
         assert (tmp_path / name).stat().st_size > 5000
@@ -525,7 +525,7 @@ def test_shipped_configs_run_two_steps(name, tmp_path):
     config = shrink(importlib.import_module(f'configs.{name}').get_config())
     config.epochs = 0.5
     config.optim.warmup_epochs = 0.0
-    config.log_every = 1
+    config.log_every, config.diagnose_every = 1, 2 if config.mto.enabled else 0
     state = tasks.run(config, tmp_path)
     assert int(state.step) == 2
 
@@ -550,12 +550,13 @@ def test_custom_method(config, tmp_path):
     config.method = 'tests.toy_method'
     config.mto.enabled, config.mto.recalibration, config.mto.w_e, config.mto.w_r = True, 'ramp', 0.1, 1.0
     config.epochs, config.optim.base_lr, config.optim.warmup_epochs, config.accumulate = 4.0, 1e-2, 1.0, 2
-    config.eval.every_epochs = 2.0
+    config.eval.every_epochs, config.diagnose_every = 2.0, 8
     whole = pretrain.run(config, tmp_path / 'whole')
     colour = [r['colour'] for r in read_history(tmp_path / 'whole') if 'colour' in r]
     assert colour[-1] < 0.9 * colour[0]
     shutil.copytree(tmp_path / 'whole', tmp_path / 'part')
     shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '16')
+    config.diagnose_every = 0
     assert same(whole, pretrain.run(config, tmp_path / 'part'))
     assert not same(whole.params['encoder'], whole.model_state['teacher']['encoder'])
     rows = read_history(tmp_path / 'whole')
@@ -616,7 +617,7 @@ def test_quickstart_config_compares(tmp_path):
     from configs import quickstart
 
     c = shrink(quickstart.get_config())
-    c.epochs, c.optim.warmup_epochs = 0.5, 0.0
+    c.epochs, c.optim.warmup_epochs, c.diagnose_every = 0.5, 0.0, 2
     out = tasks.run(c, tmp_path)
     assert set(out) == {'raw pixels', 'random encoder', 'mae', 'mae + MTO'}
     table = (tmp_path / 'results.md').read_text()
