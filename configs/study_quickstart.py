@@ -1,0 +1,46 @@
+"""Hyper-parameters of the quickstart's BootMAE and ConMIM, compared on the embedded validation images, in memory.
+
+    python -m mto_jax.studies --config=configs/study_quickstart.py:bootmae       # or :conmim
+
+`baseline` is what configs/quickstart.py has; each other variant changes one thing. docs/quickstart.md tells what came
+out.
+"""
+
+from configs import quickstart
+from configs.study_simmim import mto, rate
+
+
+def bootmae(c):
+    c.study.variants = {
+        'baseline': {},
+        'rate 5e-4': {'optim': rate(c, 5e-4)},
+        'rate 3e-3': {'optim': rate(c, 3e-3)},
+        'ratio 60%': {'mask_ratio': 0.6, 'bootmae': {'block_patches': 24}},
+        'pixels alone': {'bootmae': {'feature_weight': 0.0}},
+        'slower teacher': {'bootmae': {'ema_rates': (0.01, 0.002)}},
+        'mto': mto(recalibration='ramp', rows='all'),
+    }
+    return c
+
+
+def conmim(c):
+    c.study.variants = {
+        'baseline': {},
+        'rate 1e-3': {'optim': {'base_lr': 1e-3}},
+        'rate 6e-3': {'optim': {'base_lr': 6e-3}},
+        'ratio 50%': {'mask_ratio': 0.5},
+        'temperature 20%': {'conmim': {'temperature': 0.2}},
+        'absolute positions': {'model': {'position': 'sincos'}},
+        'faster teacher': {'conmim': {'momentum': 0.98}},
+        'mto': mto(w_spa=3.0),
+    }
+    return c
+
+
+def get_config(method: str):
+    stages = {'bootmae': bootmae, 'conmim': conmim}
+    if method not in stages:
+        raise ValueError(f'method is {method!r}; it must be bootmae or conmim')
+    c = quickstart.get_config(method)
+    c.mto.enabled = False
+    return stages[method](c)
