@@ -1,6 +1,6 @@
 """What MTO costs a step: the variants of a study, timed in turns in one process.
 
-    python -m benchmarks.step_cost --config=configs/study_simmim.py:confirm
+    python -m benchmarks.step_cost --config=configs/study_simmim.py:confirm [--variants=NAME,...]
 
 Every round runs a stretch of steps of each variant, after one that compiles. Printed for each: the median seconds a
 step, and the median over the rounds of its ratio to the baseline's of the same round, with the smallest and largest.
@@ -12,13 +12,17 @@ import time
 from functools import partial
 
 import jax
+from absl import flags
 
 from mto_jax import cli
 from mto_jax.data import memory, order
+from mto_jax.errors import UserError
 from mto_jax.runtime import cpu
 from mto_jax.studies import study
 from mto_jax.studies.table import BASELINE
 from mto_jax.training import feed, job
+
+_VARIANTS = flags.DEFINE_list('variants', [], 'Those timed beside the baseline; all of the study where none is named.')
 
 ROUNDS, STEPS = 7, 40
 
@@ -36,7 +40,11 @@ def measure(config, workdir):
     cpu.keep_memory()
     images = memory.load(config.data, config.data.train_split)[0]
     seeds = config.study.seeds[:1]
-    setups = {name: setup for name, _, _, setup in study.grid(config)}  # budgets ascend: the largest stays
+    wanted = {BASELINE, *(_VARIANTS.value or config.study.variants)}
+    if unknown := sorted(wanted - set(config.study.variants)):
+        raise UserError(f'--variants names {unknown}; the study has {", ".join(config.study.variants)}')
+    # Budgets ascend: the largest stays.
+    setups = {name: setup for name, _, _, setup in study.grid(config) if name in wanted}
     stretches = {}
     for name, setup in setups.items():
         training = job.prepare(setup, len(images))
