@@ -1,6 +1,8 @@
-"""BootMAE pre-training on ImageNet as its authors have it: 801 epochs, batch 4096 (ViT-B) or 2048 (ViT-L).
+"""BootMAE pre-training on ImageNet as in its authors' scripts: 801 epochs, batch 4096 (ViT-B) or 2048 (ViT-L).
 
 python main.py --config=configs/bootmae.py        # ViT-B/16; bootmae.py:vit_l for the large model
+
+The scripts give images a GPU (256, 128); 16 of them make these batches. Other sizes take over what ViT-B has.
 """
 
 from configs import mae
@@ -20,5 +22,5 @@ def get_config(argument: str = 'vit_b'):
     if c.model.size == 'l':
         c.batch_size = 2048
         c.optim.min_lr = 1e-5
-        c.bootmae.ema_epochs, c.bootmae.ema_rates = (0.0, 100.0), (1e-3, 1e-4)
+        c.bootmae.ema_milestones, c.bootmae.ema_rates = (0.0, 100 / 801), (1e-3, 1e-4)
     return c

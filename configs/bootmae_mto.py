@@ -12,5 +12,4 @@ from configs import bootmae, mae_mto
 def get_config(argument: str = 'vit_b'):
     c = mae_mto.with_mto(bootmae.get_config(argument))
     c.epochs = 400.0
-    c.bootmae.ema_epochs = tuple(e / 2 for e in c.bootmae.ema_epochs)
     return c

@@ -1,9 +1,11 @@
-"""ConMIM pre-training on ImageNet as its authors have it: batch 2048, 800 epochs of ViT-B/16 or 1600 of ViT-L/16.
+"""ConMIM pre-training on ImageNet after its authors: batch 2048, 800 epochs of ViT-B/16 or 1600 of ViT-L/16.
 
 python main.py --config=configs/conmim.py         # conmim.py:vit_l for the large model
 
-The learning rate is absolute: it does not grow with the batch. The teacher is what the authors fine-tune
-(--config.eval.weights=teacher).
+They publish the command of ViT-L; ViT-B has its rate, warm-up, clipping, masks and batch, the code's default layer
+scale, and half the epochs. Other sizes take over what ViT-B has. ViT-L keeps its residual stream in float32: a layer
+scale of 1e-5 vanishes in bfloat16. The learning rate is absolute: it does not grow with the batch. The teacher is what
+the authors fine-tune (--config.eval.weights=teacher).
 """
 
 from configs import mae
@@ -28,6 +30,6 @@ def get_config(argument: str = 'vit_b'):
     c.optim.warmup_inclusive = True
     c.optim.min_lr = 1e-5
     if c.model.size == 'l':
-        c.model.layer_scale = 1e-5
+        c.model.layer_scale, c.model.residual_dtype = 1e-5, 'float32'
         c.epochs = 1600.0
     return c

@@ -1,4 +1,4 @@
-"""Minutes on a laptop: a small MAE without and with MTO on the embedded images, then probes of both.
+"""Minutes on a laptop: a small model of one method, with and without MTO, on the bundled images; then probes.
 
     python main.py --config=configs/quickstart.py           # quickstart.py:simmim, :bootmae, :conmim for the others
 
@@ -10,7 +10,7 @@ from configs import base, bootmae, conmim, mae_mto, simmim, simmim_mto
 
 
 def small(c):
-    """The embedded images, and a model and a rate that learn from them within minutes on two cores."""
+    """The bundled images, and a model and a rate that learn from them within minutes on two cores."""
     d = c.data
     d.name, d.data_dir = 'fashion_mnist_12k', 'data'
     d.train_split, d.val_split, d.test_split = 'train[:90%]', 'train[90%:]', 'test'
@@ -63,7 +63,7 @@ def small_bootmae(c):
     c = small(c)
     b = c.bootmae
     b.decoder_width, b.block_patches, b.block_area = 64, 30, (4, 15)
-    b.ema_epochs, b.ema_rates = (0.0, 5.0), (0.05, 0.01)
+    b.ema_milestones, b.ema_rates = (0.0, 1 / 3), (0.05, 0.01)
     return c
 
 

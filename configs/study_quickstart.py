@@ -1,4 +1,4 @@
-"""Hyper-parameters of the quickstart's BootMAE and ConMIM, compared on the embedded validation images, in memory.
+"""Hyper-parameters of the quickstart's BootMAE and ConMIM, compared on the bundled validation images, in memory.
 
     python -m mto_jax.studies --config=configs/study_quickstart.py:bootmae       # or :conmim
 

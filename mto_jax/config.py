@@ -159,8 +159,9 @@ FIELDS: dict[str, Field] = {
     'model.init': shapes('mae'),  # mae, beit, bootmae
     'model.mask_token_scale': shapes(1.0),  # factor of the mask token's initial value
     'model.mask_token_norm': shapes(0.0, at_least(0)),  # its fixed length; 0: free
-    # of matrix products; parameters stay float32
+    # of matrix products, and of the residual stream unless residual_dtype names another; parameters stay float32
     'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16', 'float16')),
+    'model.residual_dtype': shapes('', one_of('', 'float32', 'bfloat16', 'float16')),
     'model.remat': shapes(False),
     # of jax.nn.dot_product_attention: xla, cudnn; '' for plain matrix products
     'model.attention': shapes('xla', one_of('xla', 'cudnn', ''), replaces=True),
@@ -179,8 +180,9 @@ FIELDS: dict[str, Field] = {
     'bootmae.weight_patches': shapes(True),  # a hidden patch counts up to twice, the more of its neighbours are hidden
     'bootmae.feature_weight': shapes(1.0, at_least(0)),  # of the feature loss
     'bootmae.feature_warmup': shapes(0.25, PORTION),  # fraction of the epochs over which that weight grows from 0
-    # The teacher moves by this fraction of its distance from the student, 1 minus the decay: linear between the epochs
-    'bootmae.ema_epochs': shapes((0.0, 100.0, 400.0), each(at_least(0))),
+    # The teacher moves by this fraction of its distance from the student, 1 minus the decay: linear between milestones,
+    # which are fractions of the epochs, and as the last from there on
+    'bootmae.ema_milestones': shapes((0.0, 100 / 801, 400 / 801), each(within(0, 1))),
     'bootmae.ema_rates': shapes((1e-3, 1e-4, 1e-5), each(PORTION)),
     'conmim.mask_unit': shapes(2, at_least(1)),  # patches per side of a masked unit
     'conmim.hidden': shapes(4096, at_least(1)),  # width of the projector's two hidden layers

@@ -26,7 +26,7 @@ class Masks(NamedTuple):
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """Visible patches of MAE: `int(N * (1 - mask_ratio))` (facebookresearch/mae, models_mae.py)."""
+    """Visible patches of MAE and BootMAE: `int(N * (1 - mask_ratio))` (facebookresearch/mae, models_mae.py)."""
     return int(num_patches * (1 - mask_ratio))
 
 

@@ -1,5 +1,6 @@
 """Fixtures: small configs on the embedded data, and nothing that needs a network."""
 
+import gc
 import os
 from importlib import metadata
 
@@ -24,6 +25,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from configs import base
 
 logging.set_verbosity(logging.ERROR)
+# To trace a model makes a million objects that stay: the default looks through all of them again and again.
+gc.set_threshold(100_000, 50, 50)
 QUICK = os.environ['XLA_FLAGS'].rpartition(' ')[0]  # without the number of devices
 
 

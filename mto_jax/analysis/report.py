@@ -172,7 +172,7 @@ def _curves(runs, names):
 
 
 def _pictures(runs):
-    text = 'original, masked, and with predictions where hidden'
+    text = 'original, masked, and with predictions (ConMIM: the best matches) where hidden'
     normal = '; each prediction is un-normalised with the true patch'
 
     def normalised(r):
@@ -213,7 +213,7 @@ def _heterogeneity(runs):
         parts.append(f'<section><h3>{html.escape(title)}</h3>{page.grid(figures)}</section>')
     text = (
         'On fixed images under fixed masks. Blocks are those of the stack that masked tokens pass through: MAE’s '
-        'decoder, SimMIM’s encoder, BootMAE’s decoders. Colours mean the same for all runs of a term.'
+        'decoder, the encoder of SimMIM and ConMIM, BootMAE’s decoders. Colours mean the same for all runs of a term.'
     )
     return page.note(text) + page.legend(_names(runs)) + page.grid(parts, wide=True) if parts else ''
 

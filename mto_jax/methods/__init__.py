@@ -254,6 +254,7 @@ def architecture(config) -> vit.Architecture:
         mask_token_norm=m.mask_token_norm,
         init=m.init,
         dtype=jnp.dtype(m.dtype),
+        residual_dtype=jnp.dtype(m.residual_dtype) if m.residual_dtype else None,
         remat=m.remat,
         attention=m.attention or None,
     )
@@ -264,8 +265,9 @@ def check_units(grid: tuple[int, int], field: str, unit: int, mask_ratio: float)
     if grid[0] % unit or grid[1] % unit:
         raise ValueError(f'{field} is {unit} patches; it must divide the grid of {grid} patches')
     units, masked = grid[0] * grid[1] // unit**2, masking.num_masked_units(grid, unit, mask_ratio)
-    if not 1 <= masked < units:
-        raise ValueError(f'mask_ratio is {mask_ratio}: {masked} of {units} units are hidden; 1 to {units - 1} must')
+    most = units - (2 if unit == 1 else 1)  # MTO's statistics need two visible patches
+    if not 1 <= masked <= most:
+        raise ValueError(f'mask_ratio is {mask_ratio}: {masked} of {units} units are hidden; 1 to {most} must')
 
 
 def check_visible(config, arch: vit.Architecture) -> int:
@@ -274,6 +276,8 @@ def check_visible(config, arch: vit.Architecture) -> int:
     Raises:
       ValueError: if it is all of them, or fewer than the two that MTO's statistics need.
     """
+    if arch.relative_bias:
+        raise ValueError('model.relative_bias is True; it must be False for an encoder that sees a part of the patches')
     keep = masking.num_visible(arch.num_patches, config.mask_ratio)
     if not 2 <= keep < arch.num_patches:
         raise ValueError(
@@ -281,6 +285,12 @@ def check_visible(config, arch: vit.Architecture) -> int:
             f'2 to {arch.num_patches - 1} must'
         )
     return keep
+
+
+def moved(old: Any, new: Any, rate: jax.Array | float) -> Any:
+    """The tree `old`, moved by a fraction `rate` of its distance towards `new`: a moving average's next value."""
+    # A rate rather than a decay: in float32, 1 - 0.99999 is off by a thousandth.
+    return jax.tree.map(lambda a, b: a + rate * (b - a), old, new)
 
 
 def mto_settings(config, depth: int) -> mto.Settings | None:

@@ -29,8 +29,8 @@ class BootMAE(methods.SingleModule):
       weight_patches: weight hidden patches by how many of their neighbours are hidden.
       feature_weight: final weight of the feature loss.
       feature_warmup: fraction of the epochs over which it grows from 0, once per epoch.
-      ema_epochs, ema_rates: by how much the teacher moves towards the encoder after each update; it changes once per
-        epoch, linearly between these epochs.
+      ema_milestones, ema_rates: by how much the teacher moves towards the encoder after each update; it changes once
+        per epoch, linearly between these fractions of the epochs.
     """
 
     regressor: vit.Architecture
@@ -40,7 +40,7 @@ class BootMAE(methods.SingleModule):
     weight_patches: bool
     feature_weight: float
     feature_warmup: float
-    ema_epochs: tuple[float, ...]
+    ema_milestones: tuple[float, ...]
     ema_rates: tuple[float, ...]
 
     module = property(lambda self: Bootstrapped(self))
@@ -62,10 +62,9 @@ class BootMAE(methods.SingleModule):
         return result.replace(weights={'features': weight}, logs={'feature_weight': weight})
 
     def after_update(self, params, model_state, statistics, clock):
-        # A rate rather than a decay: in float32, 1 - 0.99999 is off by a thousandth.
-        rate = jnp.interp(clock.epoch, jnp.array(self.ema_epochs), jnp.array(self.ema_rates))
-        student = {'encoder': params['encoder']}
-        return {'teacher': jax.tree.map(lambda old, new: old + rate * (new - old), model_state['teacher'], student)}
+        milestones = jnp.array(self.ema_milestones) * (clock.total / clock.steps_per_epoch)
+        rate = jnp.interp(clock.epoch, milestones, jnp.array(self.ema_rates))
+        return {'teacher': methods.moved(model_state['teacher'], {'encoder': params['encoder']}, rate)}
 
 
 class Decoder(nn.Module):
@@ -187,9 +186,20 @@ def build(config) -> BootMAE:
     hidden = encoder.num_patches - methods.check_visible(config, encoder)
     if c.block_patches > hidden:
         raise ValueError(f'bootmae.block_patches is {c.block_patches}; it must be at most the {hidden} hidden patches')
-    if len(c.ema_epochs) != len(c.ema_rates) or list(c.ema_epochs) != sorted(c.ema_epochs):
+    room = (encoder.grid[0] - 1) * (encoder.grid[1] - 1)  # a block leaves a row and a column free
+    if c.block_area[0] > min(room, c.block_patches):
         raise ValueError(
-            f'bootmae.ema_epochs is {c.ema_epochs}; it must ascend, with one epoch for each of bootmae.ema_rates '
+            f'bootmae.block_area begins at {c.block_area[0]}; it must be at most bootmae.block_patches '
+            f'({c.block_patches}) and the {room} patches of the largest block that moves in the grid of {encoder.grid}'
+        )
+    if c.decoder_width % 4 or encoder.width % 4:
+        raise ValueError(
+            f'bootmae.decoder_width is {c.decoder_width} and the encoder {encoder.width} wide; sine-cosine positions '
+            'need multiples of 4'
+        )
+    if len(c.ema_milestones) != len(c.ema_rates) or list(c.ema_milestones) != sorted(c.ema_milestones):
+        raise ValueError(
+            f'bootmae.ema_milestones is {c.ema_milestones}; it must ascend, with one for each of bootmae.ema_rates '
             f'{c.ema_rates}'
         )
     predictor = dataclasses.replace(encoder, depth=c.decoder_depth, drop_path=0.0)
@@ -209,6 +219,6 @@ def build(config) -> BootMAE:
         c.weight_patches,
         c.feature_weight,
         c.feature_warmup,
-        tuple(c.ema_epochs),
+        tuple(c.ema_milestones),
         tuple(c.ema_rates),
     )

@@ -72,12 +72,11 @@ class ConMIM(methods.Method):
         tokens = jnp.zeros((1, a.num_prefix + a.num_patches, a.width))
         projector = self.projector.init(keys[1], tokens, 1)['params']
         params = {'encoder': self.encoder.init(keys[0], images, mask=mask)['params'], 'projector': projector}
-        shapes = jax.eval_shape(lambda: self.projector.apply({'params': projector}, tokens, 1)[1])
-        fresh = {'mean': jnp.zeros, 'var': jnp.ones}
-        running = {
-            owner: {norm: {n: fresh[n](s.shape) for n, s in moments.items()} for norm, moments in shapes.items()}
-            for owner in ('student', 'teacher')
-        }
+        moments = jax.eval_shape(lambda: self.projector.apply({'params': projector}, tokens, 1)[1])
+        running = jax.tree_util.tree_map_with_path(
+            lambda path, s: jnp.full(s.shape, float(path[-1].key == 'var')),
+            {'student': moments, 'teacher': moments},
+        )
         return params, {'teacher': jax.tree.map(jnp.copy, params), 'running': running}
 
     def masks(self, key: jax.Array, count: int, noise: jax.Array | None = None) -> jax.Array:
@@ -93,7 +92,7 @@ class ConMIM(methods.Method):
         mask = self.masks(mask_key, len(views['image']), noise)
         encoded, queries, student = self._embed(params, views['image'], student_key, mask)
         _, keys, teacher = self._embed(model_state['teacher'], views['strong'], teacher_key)
-        similarity = cosines(queries, jax.lax.stop_gradient(keys))
+        similarity = cosines(queries, keys)
         return methods.Result(
             {'contrast': contrast(similarity / self.temperature, mask)},
             {'encoder': methods.Stack(mask, encoded.embedded, encoded.stats, self.arch.depth)},
@@ -110,13 +109,10 @@ class ConMIM(methods.Method):
         return encoded, projected[:, self.arch.num_prefix :], statistics
 
     def after_update(self, params, model_state, statistics, clock):
-        def moved(rate):
-            return lambda old, new: old + rate * (new - old)
-
         rate = (1.0 - self.momentum) * jnp.square(jnp.cos(jnp.pi / 2 * clock.progress))
         return {
-            'teacher': jax.tree.map(moved(rate), model_state['teacher'], params),
-            'running': jax.tree.map(moved(RUNNING_RATE), model_state['running'], statistics),
+            'teacher': methods.moved(model_state['teacher'], params, rate),
+            'running': methods.moved(model_state['running'], statistics, RUNNING_RATE),
         }
 
     def encode(self, params, images, *, depth=None, train=False, key=None):
@@ -153,10 +149,11 @@ class Projector(nn.Module):
     def __call__(self, x: jax.Array, group: int) -> tuple[jax.Array, Any]:
         """Tokens (B, T, D) to float32 (B, T, out), and {norm: {'mean', 'var'}} of the batch."""
         a, statistics = self.arch, {}
+        x = parallel.constrain_batch(x)
         for i, width in enumerate((self.hidden, self.hidden, self.out)):
             name, inner = f'norm{i}', i < 2
             dense = nn.Dense(width, use_bias=False, dtype=a.dtype, kernel_init=a.weight_init, name=f'linear{i}')
-            x, statistics[name] = BatchNorm(affine=inner, name=name)(dense(parallel.constrain_batch(x)), group)
+            x, statistics[name] = BatchNorm(affine=inner, name=name)(dense(x), group)
             x = nn.relu(x) if inner else x
         return x, statistics
 
@@ -218,9 +215,9 @@ def build(config) -> ConMIM:
     c, arch = config.conmim, methods.architecture(config)
     methods.check_units(arch.grid, 'conmim.mask_unit', c.mask_unit, config.mask_ratio)
     microbatch = config.batch_size // config.accumulate
-    if microbatch % c.group:
+    if not microbatch or microbatch % c.group:
         raise ValueError(
-            f'conmim.group is {c.group} images; it must divide the {microbatch} images of a step '
+            f'conmim.group is {c.group} images; it must divide the {microbatch} images of a microbatch '
             '(batch_size / accumulate)'
         )
     fields = ('mask_unit', 'hidden', 'out', 'group', 'temperature', 'momentum')

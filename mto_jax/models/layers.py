@@ -135,7 +135,7 @@ class Block(nn.Module):
         def branch(y, name):
             if self.layer_scale:
                 gamma = self.param(f'gamma_{name}', nn.initializers.constant(self.layer_scale), (width,))
-                y = y * gamma.astype(y.dtype)
+                y = y.astype(x.dtype) * gamma.astype(x.dtype)
             return DropPath(self.drop_path)(y, train)
 
         def attention(name, attend):

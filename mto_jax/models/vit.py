@@ -49,7 +49,8 @@ class Architecture:
       mask_token_norm: length that the mask token is scaled to; 0 leaves it free.
       init: 'mae' (Xavier uniform, normal tokens), 'beit' (normals cut at one deviation, scaled with depth), or
         'bootmae' (Xavier uniform, queries, keys and values apart; class token nearly 0, mask token as in 'beit').
-      dtype: of matrix products and the residual stream; parameters are float32.
+      dtype: of matrix products; parameters are float32.
+      residual_dtype: of what runs from block to block; None for dtype.
       remat: recompute each block in the backward pass.
       attention: implementation for jax.nn.dot_product_attention ('xla', 'cudnn'), or None for plain products.
     """
@@ -72,6 +73,7 @@ class Architecture:
     mask_token_norm: float = 0.0
     init: str = 'mae'
     dtype: Any = jnp.float32
+    residual_dtype: Any = None
     remat: bool = False
     attention: str | None = None
 
@@ -170,6 +172,7 @@ class Transformer(nn.Module):
           depth: apply the first blocks only.
         """
         a, stats, taps = self.arch, {}, {}
+        x = x.astype(a.residual_dtype or a.dtype)
         plain = DotProduct(a.attention)
         attends = (self.attends if seen.masked is not None else None) or (None,) * a.depth
         block_class = nn.remat(Block, static_argnums=(3,)) if a.remat else Block

@@ -101,15 +101,55 @@ def test_probabilities_of_the_strong_view(rng):
     assert near((out[:, 0, 0, 2] == 0).sum(), n, 0.2)
 
 
-def test_factors_of_the_jitter(rng):
-    """Uniform in 0.6 to 1.4 for the brightness, one per image."""
+@pytest.mark.parametrize(
+    ('name', 'spread', 'measure'),
+    [
+        # Of a dark and a bright pixel: their mean, their distance, the distance of a pixel's colours, and its hue.
+        ('brightness', 0.4, lambda x: x.mean((1, 2, 3)) * 3),
+        ('contrast', 0.4, lambda x: (x[:, 0, 1] - x[:, 0, 0]).mean(-1) * 15),
+        ('saturation', 0.2, lambda x: (x[:, 0, 1, 0] - x[:, 0, 1, 2]) / 0.2),
+        ('hue', 0.1, lambda x: 1 + (x[:, 0, 1, 1] - x[:, 0, 1, 2]) / 0.2 / 6 * np.where(x[:, 0, 1, 1] > 0.301, 1, 0)),
+    ],
+)
+def test_factors_of_the_jitter(rng, name, spread, measure):
+    """One operation at a time, of the shipped strength: uniform around 1 in its range, one draw per image."""
     n = 2000
-    images = np.full((n, 1, 2, 3), 0.25, np.float32)
-    bright = augment.Strong(1, 0, 0, 0, brightness=0.4, contrast=0, saturation=0, hue=0)
-    factor = np.asarray(quick(bright)(jax.random.key(int(rng.integers(2**31))), images))[:, 0, 0, 0] / 0.25
-    assert 0.6 <= factor.min() < 0.61
-    assert 1.39 < factor.max() <= 1.4
-    assert abs(factor.mean() - 1) < 5 * 0.8 / np.sqrt(12 * n)
+    images = np.tile(np.float32([[0.3, 0.3, 0.3], [0.5, 0.3, 0.3]]), (n, 1, 1, 1))
+    others = {'brightness': 0, 'contrast': 0, 'saturation': 0, 'hue': 0}
+    others.pop(name)
+    alone = augment.Strong(jitter=1, grey=0, blur=0, solarize=0, **others)
+    factor = measure(np.asarray(quick(alone)(jax.random.key(int(rng.integers(2**31))), images)))
+    low = 1.0 if name == 'hue' else 1 - spread  # a shift down from red moves the blue: counted as none
+    assert low - 1e-5 <= factor.min() < low + 0.01
+    assert 1 + spread - 0.01 < factor.max() <= 1 + spread + 1e-5
+    if name != 'hue':
+        assert abs(factor.mean() - 1) < 5 * 2 * spread / np.sqrt(12 * n)
+
+
+def test_the_jitter_has_no_order(rng):
+    """Brightness and contrast in both orders, where the order shows: clipping comes before or after."""
+    images = np.tile(np.float32([[0.9, 0.9, 0.9], [0.1, 0.1, 0.1]]), (400, 1, 1, 1))
+    strong = augment.Strong(jitter=1, grey=0, blur=0, solarize=0, saturation=0, hue=0)
+    out = np.asarray(quick(strong)(jax.random.key(int(rng.integers(2**31))), images))[:, 0, :, 0]
+    # Contrast last: what was clipped at 1 is drawn towards the mean, below 1, though the dark pixel was made brighter.
+    last = (out[:, 0] < 1 - 1e-3) & (out.sum(1) > 1.05)
+    first = out[:, 0] > 1 - 1e-6
+    assert last.sum() > 10
+    assert first.sum() > 10
+
+
+def test_radii_of_the_blur(rng):
+    """Uniform between the two given: read off a single bright pixel's square, against the same blur by numpy."""
+    images = np.zeros((500, 15, 15, 1), np.float32)
+    images[:, 7, 7] = 1.0
+    blurred = augment.Strong(jitter=0, grey=0, blur=1, solarize=0, blur_radius=(0.5, 1.5))
+    peak = np.asarray(quick(blurred)(jax.random.key(int(rng.integers(2**31))), images))[:, 7, 7, 0]
+    radii = np.linspace(0.5, 1.5, 2001)
+    peaks = [1 / np.exp(-0.5 * np.square(np.arange(-5, 6) / r)).sum() ** 2 for r in radii]
+    found = np.interp(peak, peaks[::-1], radii[::-1])
+    assert 0.5 <= found.min() < 0.52
+    assert 1.48 < found.max() <= 1.5
+    assert abs(found.mean() - 1) < 5 / np.sqrt(12 * 500)
 
 
 def test_other_channels_keep_their_colours(rng):

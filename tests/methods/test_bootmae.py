@@ -142,7 +142,11 @@ def ref_gradients(p, teacher, images, visible, weights, terms, patch=4):
 
 def randomised(params, rng, scale=0.2):
     """Every parameter redrawn, so that no zero or one hides an error."""
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * scale + (p == 1), jnp.float32), params)
+
+    def draw(path, p):
+        return jnp.asarray(rng.normal(size=p.shape) * scale + (path[-1].key == 'scale'), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 SMALL = {
@@ -255,7 +259,7 @@ class GivenMasks(Pretraining):
 
 def test_twenty_steps_with_the_teacher(rng):
     """Losses of 20 updates in four epochs, with AdamW, a weight and an average that change per epoch: to 1e-4."""
-    c = small(**{'bootmae.ema_epochs': (0.0, 2.0, 4.0), 'bootmae.ema_rates': (0.4, 0.2, 0.1)})
+    c = small(**{'bootmae.ema_milestones': (0.0, 0.5, 1.0), 'bootmae.ema_rates': (0.4, 0.2, 0.1)})
     c.bootmae.feature_warmup = 0.5
     method, params, state, *_ = setup(c, rng)
     state = {'teacher': {'encoder': jax.tree.map(jnp.copy, params['encoder'])}}  # as at the start of a run
@@ -492,7 +496,9 @@ def test_pictures_undo_the_normalisation(rng):
     [
         ({'bootmae.decoder_width': 2}, r'bootmae\.decoder_width is 2; .* 3 heads'),
         ({'bootmae.block_patches': 20}, r'bootmae\.block_patches is 20; .* 15 hidden'),
-        ({'bootmae.ema_epochs': (0.0, 1.0)}, r'bootmae\.ema_epochs is \(0\.0, 1\.0\)'),
+        ({'bootmae.ema_milestones': (0.0, 1.0)}, r'bootmae\.ema_milestones is \(0\.0, 1\.0\)'),
+        ({'bootmae.block_area': (7, 9)}, r'bootmae\.block_area begins at 7; .* \(6\)'),
+        ({'bootmae.decoder_width': 18}, r'bootmae\.decoder_width is 18'),
         ({'mask_ratio': 0.97}, 'mask_ratio is 0.97'),
     ],
 )

@@ -16,8 +16,9 @@ from mto_jax import methods, tasks
 from mto_jax.methods import Clock, conmim
 from mto_jax.runtime import parallel
 from mto_jax.tasks import pretrain
-from mto_jax.training import job, optim, train_state
+from mto_jax.training import job, optim, schedules, train_state
 from tests.conftest import shrink
+from tests.training import test_train
 
 # Compiled quickly rather than for speed.
 quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -170,6 +171,29 @@ def test_against_float64(rng, fields):
         np.testing.assert_allclose(gradients[name], g, rtol=0, atol=atol, err_msg=name)
 
 
+def test_small_layer_scales_in_bfloat16(rng):
+    """ViT-L's layer scale of 1e-5: a residual stream of bfloat16 loses what the blocks add, one of float32 keeps it."""
+    added, images = {}, rng.normal(size=(2, 16, 24, 3)).astype(np.float32)
+    params = drawn(methods.build(tiny()), rng)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.full_like(x, 1e-5) if 'gamma' in path[-1].key else x, params
+    )
+    for name, fields in {
+        'exact': {'model__dtype': 'float32'},
+        'shipped': {'model__dtype': 'bfloat16', 'model__residual_dtype': 'float32'},
+        'lost': {'model__dtype': 'bfloat16'},
+    }.items():
+        method = methods.build(tiny(**fields, model__layer_scale=1e-5))
+        before, after = (
+            np.asarray(method.encode(params, images, depth=depth), np.float32) for depth in (0, method.arch.depth)
+        )
+        added[name] = after - before
+    largest = np.abs(added['exact']).max()
+    assert largest > 0
+    assert np.abs(added['shipped'] - added['exact']).max() < 0.05 * largest
+    assert np.abs(added['lost'] - added['exact']).max() > 0.5 * largest
+
+
 @pytest.mark.slow
 def test_bfloat16(rng):
     """Matrix products in bfloat16: the loss within 2%, all gradients together within 30%."""
@@ -199,7 +223,8 @@ def test_twenty_steps_against_float64(rng):
     method, o = training.objective.method, c.optim
     state, key = jax.jit(lambda: training.create(0))(), train_state.stream(0, 'train')
     step, empty = jax.jit(training.train_step), train_state.Meter.empty(training.names)
-    decays = optim.decay_mask(state.params, o.decay_cls_token, o.decay_mask_token)
+    kept = {'cls_token', 'bias', 'scale', 'q_bias', 'v_bias', 'gamma_attn', 'gamma_mlp'}
+    decays = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in kept, state.params)
     batches = rng.integers(0, 256, (20, 8, 16, 24, 3), np.uint8)
     with jax.enable_x64(True):
         form = jax.jit(lambda *a: jax.value_and_grad(reference, has_aux=True)(*a, c))
@@ -297,7 +322,14 @@ def test_momentum_of_the_teacher(epochs):
 def test_official_recipe(size, scale, epochs):
     """ViT-B has the official code's parameters but for an unused head of 8192 x 768 values and 8192 biases."""
     c = conmim_config.get_config(size)
-    assert (c.model.layer_scale, c.epochs, c.conmim.group) == (scale, epochs, 64)
+    assert (c.model.layer_scale, c.epochs, c.batch_size, c.mask_ratio) == (scale, epochs, 2048, 0.75)
+    o, official = c.optim, {'vit_b': test_train.CONMIM_800, 'vit_l': test_train.CONMIM_1600}[size]
+    assert (o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.98, 1e-8, 0.05, 1.0)
+    assert (c.data.crop_area, c.data.interpolation, c.data.mean) == ((0.08, 1.0), 'bicubic', (0.485, 0.456, 0.406))
+    rates = schedules.learning_rate(o, c.batch_size, schedules.to_steps(c.epochs, 625), 625)
+    assert [float(rates(step)) for step in official] == pytest.approx([*official.values()], rel=1e-5, abs=1e-10)
+    wanted = {'mask_unit': 2, 'hidden': 4096, 'out': 256, 'group': 64, 'temperature': 0.1, 'momentum': 0.996}
+    assert c.conmim.to_dict() == wanted | {'blur_radius': (0.1, 2.0)}
     method = methods.build(c)
     params, model_state = jax.eval_shape(method.init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, model_state['teacher']) == jax.tree.map(jnp.shape, params)

@@ -124,7 +124,13 @@ def test_what_the_tensor_axis_splits(prefix):
 
 @pytest.mark.parametrize(
     'changes',
-    [{}, {'model.position': 'learned'}, {'method': 'simmim', 'model.position': 'none'}, {'method': 'bootmae'}],
+    [
+        {},
+        {'model.position': 'learned'},
+        {'method': 'simmim', 'model.position': 'none'},
+        {'method': 'bootmae'},
+        {'method': 'conmim', 'model.position': 'none', 'model.relative_bias': True},
+    ],
 )
 def test_patterns_cover_the_shipped_methods(changes):
     """Blocks and heads as wide as ViT-B's: every large parameter and moment has a rule."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import study_mae, study_simmim
+from configs import study_mae, study_quickstart, study_simmim
 from mto_jax import methods
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
@@ -388,7 +388,9 @@ def test_budgets_scale_the_schedule(two_runs):
 STAGES = [(m, s) for m in (study_simmim, study_mae) for s in ('tune', 'explore', 'refine', 'confirm')]
 
 
-@pytest.mark.parametrize(('module', 'stage'), [*STAGES, (study_simmim, 'halve')])
+@pytest.mark.parametrize(
+    ('module', 'stage'), [*STAGES, (study_simmim, 'halve'), (study_quickstart, 'bootmae'), (study_quickstart, 'conmim')]
+)
 def test_shipped_studies_are_valid(module, stage):
     """Every variant builds, and no two of a stage are the same."""
     config = module.get_config(stage)

@@ -131,6 +131,8 @@ def test_adamw_against_numpy(config, rng):
         ('mae', {'kernel', 'qkv_kernel', 'cls_token', 'mask_token'}, 85),
         ('simmim', {'kernel', 'qkv_kernel', 'mask_token', 'relative_bias_table'}, 52),
         ('bootmae', {'kernel', 'qkv_kernel', 'q_kernel', 'kv_kernel', 'mask_token'}, 83),
+        # The official code has one more: the head that no loss reads.
+        ('conmim', {'kernel', 'qkv_kernel', 'mask_token', 'relative_bias_table'}, 54),
     ],
 )
 def test_decay_of_the_official_recipes(name, decayed, count):
