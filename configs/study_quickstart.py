@@ -2,8 +2,7 @@
 
     python -m mto_jax.studies --config=configs/study_quickstart.py:bootmae       # or :conmim
 
-`baseline` is what configs/quickstart.py has; each other variant changes one thing. docs/quickstart.md tells what came
-out.
+`baseline` is what configs/quickstart.py has; each other variant changes one thing.
 """
 
 from configs import quickstart

@@ -189,10 +189,11 @@ def restored(workdir, step, method='mae'):
     return {'params': state.params, 'model_state': state.model_state}
 
 
-def largest_difference(a, b):
-    """Over all parameters but key biases, whose gradient is rounding noise."""
+def largest_difference(a, b, noise='k_bias'):
+    """Over all parameters but those whose path matches `noise`: their exact gradient is zero, so they are rounding."""
     pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
-    return max(float(np.abs(x - y).max()) for (path, x), y in pairs if path[-1].key != 'k_bias')
+    named = ((jax.tree_util.keystr(path, simple=True, separator='/'), x, y) for (path, x), y in pairs)
+    return max(float(np.abs(x - y).max()) for name, x, y in named if not re.search(noise, name))
 
 
 @pytest.mark.slow
@@ -233,7 +234,9 @@ def test_two_processes_with_a_teacher_train_as_one(tmp_path, method, sizes):
     assert finish(launch(one, 1, devices=4, **fields)) == [0], output(one)
     assert finish(launch(two, 2, **fields)) == [0, 0], output(two)
     states = (restored(folder, 8, method) for folder in (one, two))
-    assert largest_difference(*states) < 1e-5
+    # ConMIM's first batch normalisation takes away the bias of the encoder's norm; its running mean keeps it.
+    noise = 'k_bias|encoder/norm/bias|norm0/mean' if method == 'conmim' else 'k_bias'
+    assert largest_difference(*states, noise) < 1e-5
 
 
 def wait_for(pattern, workdir, processes):

@@ -1,5 +1,7 @@
 """Meshes: what lies where, that every mesh trains as one device does, and that wrong ones are refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +58,11 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('bootmae', 'conm
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
 
-    Key biases are left out: their exact gradient is zero, and Adam makes steps of rounding noise.
+    Key biases are left out, and for ConMIM the bias of the encoder's norm, which batch normalisation takes away: their
+    exact gradient is zero, and Adam makes steps of rounding noise. ConMIM's gradients agree to 5e-6 of the largest: in
+    its batch normalisation sums cancel almost.
     """
+    noise, tolerance = ('k_bias|encoder/norm/bias', 5e-6) if method == 'conmim' else ('k_bias', 1e-6)
     training = setup(config, method)
     shape = (STEPS, config.batch_size, *config.data.image_size, config.data.channels)
     images = rng.integers(0, 256, shape, np.uint8)
@@ -65,11 +70,12 @@ def test_meshes_agree_with_one_device(config, rng, method, meshes):
     largest = max(np.abs(x).max() for x in jax.tree.leaves(one[0]))
     for mesh in meshes:
         gradients, losses, params, state = trained(training, config, mesh, images)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), gradients, one[0])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), gradients, one[0])
         np.testing.assert_allclose(losses, one[1], rtol=1e-5)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(one[2]), strict=True):
-            if path[-1].key != 'k_bias':
-                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=f'{mesh} {jax.tree_util.keystr(path)}')
+            name = jax.tree_util.keystr(path, simple=True, separator='/')
+            if not re.search(noise, name):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=f'{mesh} {name}')
         check_shards(state, mesh)
 
 

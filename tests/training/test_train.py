@@ -49,7 +49,7 @@ def lowered(config):
     return jax.jit(training.train_step).lower(state, meter, {}, batch, jax.random.key(0)).as_text()
 
 
-@pytest.mark.parametrize('name', ['mae', 'simmim', 'bootmae'])
+@pytest.mark.parametrize('name', ['mae', 'simmim', pytest.param('bootmae', marks=pytest.mark.slow)])
 def test_mto_off_costs_nothing(config, monkeypatch, name):
     """With MTO off the step lowers to the text of a model whose blocks know no hook at all."""
     config.method, config.mask_ratio = name, 0.5
@@ -426,7 +426,7 @@ def diverge_at(step, monkeypatch):
     poison(monkeypatch, lambda loss, terms, done: (loss * jnp.where(done == step - 1, jnp.nan, 1.0), terms))
 
 
-@pytest.mark.parametrize('step', [1, 5])
+@pytest.mark.parametrize('step', [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_advice_after_divergence_can_be_followed(config, tmp_path, step):
     """Each cure that the message names resumes with `resume_anyway`, and is refused without; a start before any save
     refuses nothing; and after an attempt that does not fit the checkpoint the original command still resumes."""
@@ -519,7 +519,8 @@ def test_pictures_and_metrics(config, tmp_path):
     assert any('val_knn_20' in r for r in rows)
 
 
-CONFIGS = [m + end for m in ('mae', 'simmim', 'bootmae', 'conmim') for end in ('', '_mto')]
+CONFIGS = ['mae', 'mae_mto', 'simmim', 'simmim_mto', 'bootmae_mto', 'conmim_mto']
+CONFIGS += [pytest.param(name, marks=pytest.mark.slow) for name in ('bootmae', 'conmim')]
 
 
 @pytest.mark.parametrize('name', CONFIGS)
