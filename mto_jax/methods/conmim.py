@@ -123,9 +123,8 @@ class ConMIM(methods.Method):
         """'matched' has in each hidden place the patch that the copy's embeddings match best there."""
         mask_key, student_key, teacher_key = jax.random.split(key, 3)
         mask = self.masks(mask_key, len(images))
-        watched = dataclasses.replace(self, watch=True)
-        _, queries, _ = watched._embed(params, images, student_key, mask)
-        _, keys, _ = watched._embed(model_state['teacher'], images, teacher_key)
+        _, queries, _ = self._embed(params, images, student_key, mask)
+        _, keys, _ = self._embed(model_state['teacher'], images, teacher_key)
         true, hidden = losses.patchify(images, self.arch.patch_size), mask[..., None]
         best = cosines(queries, keys).argmax(-1)[..., None]
         shown = {'original': true, 'masked': jnp.where(hidden, jnp.nan, true)}

@@ -1,7 +1,6 @@
 """Augmentations on the device against PIL, colorsys and their own probabilities."""
 
 import colorsys
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,6 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from mto_jax.data import augment
-
-# Compiled quickly rather than for speed.
-quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @pytest.fixture
@@ -90,13 +86,13 @@ def test_probabilities_of_the_strong_view(rng):
     n = 3000
     images = np.tile(rng.uniform(0.2, 0.45, (1, 3, 4, 3)), (n, 1, 1, 1)).astype(np.float32)
     images[:, 0, 0] = 0.0, 0.5, 1.0
-    out = np.asarray(quick(augment.Strong())(jax.random.key(int(rng.integers(2**31))), images))
+    out = np.asarray(jax.jit(augment.Strong())(jax.random.key(int(rng.integers(2**31))), images))
     assert out.shape == images.shape
     assert out.min() >= 0
     assert out.max() <= 1 + 1e-6
     assert near((np.ptp(out, axis=-1) < 1e-6).all((1, 2)).sum(), n, 0.2)
     assert near((np.abs(out - images) < 1e-6).all((1, 2, 3)).sum(), n, 0.2 * 0.8 * 0.9 * 0.8)
-    only = quick(augment.Strong(jitter=0, grey=0, blur=0))
+    only = jax.jit(augment.Strong(jitter=0, grey=0, blur=0))
     out = np.asarray(only(jax.random.key(int(rng.integers(2**31))), images))
     assert near((out[:, 0, 0, 2] == 0).sum(), n, 0.2)
 
@@ -118,7 +114,7 @@ def test_factors_of_the_jitter(rng, name, spread, measure):
     others = {'brightness': 0, 'contrast': 0, 'saturation': 0, 'hue': 0}
     others.pop(name)
     alone = augment.Strong(jitter=1, grey=0, blur=0, solarize=0, **others)
-    factor = measure(np.asarray(quick(alone)(jax.random.key(int(rng.integers(2**31))), images)))
+    factor = measure(np.asarray(jax.jit(alone)(jax.random.key(int(rng.integers(2**31))), images)))
     low = 1.0 if name == 'hue' else 1 - spread  # a shift down from red moves the blue: counted as none
     assert low - 1e-5 <= factor.min() < low + 0.01
     assert 1 + spread - 0.01 < factor.max() <= 1 + spread + 1e-5
@@ -130,7 +126,7 @@ def test_the_jitter_has_no_order(rng):
     """Brightness and contrast in both orders, where the order shows: clipping comes before or after."""
     images = np.tile(np.float32([[0.9, 0.9, 0.9], [0.1, 0.1, 0.1]]), (400, 1, 1, 1))
     strong = augment.Strong(jitter=1, grey=0, blur=0, solarize=0, saturation=0, hue=0)
-    out = np.asarray(quick(strong)(jax.random.key(int(rng.integers(2**31))), images))[:, 0, :, 0]
+    out = np.asarray(jax.jit(strong)(jax.random.key(int(rng.integers(2**31))), images))[:, 0, :, 0]
     # Contrast last: what was clipped at 1 is drawn towards the mean, below 1, though the dark pixel was made brighter.
     last = (out[:, 0] < 1 - 1e-3) & (out.sum(1) > 1.05)
     first = out[:, 0] > 1 - 1e-6
@@ -143,7 +139,7 @@ def test_radii_of_the_blur(rng):
     images = np.zeros((500, 15, 15, 1), np.float32)
     images[:, 7, 7] = 1.0
     blurred = augment.Strong(jitter=0, grey=0, blur=1, solarize=0, blur_radius=(0.5, 1.5))
-    peak = np.asarray(quick(blurred)(jax.random.key(int(rng.integers(2**31))), images))[:, 7, 7, 0]
+    peak = np.asarray(jax.jit(blurred)(jax.random.key(int(rng.integers(2**31))), images))[:, 7, 7, 0]
     radii = np.linspace(0.5, 1.5, 2001)
     peaks = [1 / np.exp(-0.5 * np.square(np.arange(-5, 6) / r)).sum() ** 2 for r in radii]
     found = np.interp(peak, peaks[::-1], radii[::-1])
@@ -157,5 +153,5 @@ def test_other_channels_keep_their_colours(rng):
     for channels in (1, 5):
         images = rng.uniform(size=(6, 3, 4, channels)).astype(np.float32)
         colour = augment.Strong(jitter=1, grey=1, blur=0, solarize=0, brightness=0, contrast=0)
-        np.testing.assert_allclose(quick(colour)(jax.random.key(0), images), images, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(colour)(jax.random.key(0), images), images, atol=1e-6)
         assert jax.eval_shape(augment.Strong(), jax.random.key(0), images).shape == images.shape

@@ -15,6 +15,7 @@ from mto_jax.methods import Clock, bootmae
 from mto_jax.training import optim, schedules, train_state
 from mto_jax.training.objective import Pretraining
 from mto_jax.training.train_state import Meter
+from tests.conftest import named
 from tests.methods import test_parity as parity
 from tests.training import test_train
 
@@ -125,7 +126,7 @@ def ref_bootmae(p, teacher, images, visible, weights, patch):
     return losses.mean(0) / (weights > 0).mean(), predictions
 
 
-@functools.partial(jax.jit, static_argnames='patch', compiler_options={'xla_backend_optimization_level': 0})
+@functools.partial(jax.jit, static_argnames='patch')
 def ref_gradients(p, teacher, images, visible, weights, terms, patch=4):
     """((losses, predictions), gradient of `terms @ losses`)."""
 
@@ -197,12 +198,6 @@ def patch_terms(mask, grid, weighted):
     )
 
 
-def by_path(tree):
-    return {
-        jax.tree_util.keystr(p, simple=True, separator='/'): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)
-    }
-
-
 @pytest.mark.parametrize(
     ('name', 'dtype'),
     [
@@ -235,7 +230,7 @@ def test_losses_and_gradients_against_a_form_in_float64(rng, name, dtype):
             (want, want_predictions), want_grads = jax.device_get(ref_gradients(*arguments))
         assert want.dtype == np.float64
         (got, predictions), grads = ours(params, np.float32(terms))
-        grads, want_grads = by_path(grads), by_path(want_grads)
+        grads, want_grads = named(grads), named(want_grads)
         errors = {n: np.abs(g - want_grads[n]).max() / (np.abs(want_grads[n]).max() or 1) for n, g in grads.items()}
         if dtype == 'float32':
             np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -470,9 +465,9 @@ def test_initial_distributions():
     c = small('square')
     c.model.width, c.bootmae.decoder_width, c.model.depth = 96, 64, 1
     params, state = jax.jit(methods.build(c).init)(jax.random.key(int(np.random.default_rng().integers(2**31))))
-    for name, value in by_path(params).items():
+    for name, value in named(params).items():
         parity.assert_distributed(value, *initial(name, value.shape), name)
-    assert not any('pos' in n or n.endswith('k_bias') for n in by_path(params))
+    assert not any('pos' in n or n.endswith('k_bias') for n in named(params))
     assert params['regressor']['blocks']['block0']['attn']['qkv_kernel'].shape == (64, 3, 3, 21)
     teacher = state['teacher']['encoder']
     jax.tree.map(np.testing.assert_array_equal, teacher, params['encoder'])

@@ -1,6 +1,5 @@
 """ConMIM against a float64 form written from its description, and each of its parts against what it stands for."""
 
-import functools
 import re
 import shutil
 
@@ -17,11 +16,9 @@ from mto_jax.methods import Clock, conmim
 from mto_jax.runtime import parallel
 from mto_jax.tasks import pretrain
 from mto_jax.training import job, optim, schedules, train_state
-from tests.conftest import shrink
+from tests.conftest import named, shrink
 from tests.training import test_train
 
-# Compiled quickly rather than for speed.
-quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 VANISHES = 'encoder/norm/bias'  # added to all tokens, it is taken away by the first batch normalisation
 
 
@@ -119,12 +116,6 @@ def wide(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
 
-def named(tree):
-    return {
-        jax.tree_util.keystr(p, simple=True, separator='/'): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)
-    }
-
-
 @pytest.mark.parametrize(
     'fields',
     [{}, {'data__image_size': (24, 16), 'model__width': 24, 'model__heads': 3, 'model__depth': 1, 'conmim__group': 8}],
@@ -140,7 +131,7 @@ def test_against_float64(rng, fields):
     images, strong = rng.normal(size=(2, 8, *c.data.image_size, 3)).astype(np.float32)
     noise = rng.uniform(size=(8, 6)).astype(np.float32)
 
-    @quick
+    @jax.jit
     def value_and_grad(params):
         def loss(p):
             views = {'image': images, 'strong': strong}
@@ -155,7 +146,7 @@ def test_against_float64(rng, fields):
     h, w = c.data.image_size[0] // 8, c.data.image_size[1] // 8
     hidden = units.reshape(8, h, 1, w, 1).repeat(2, 2).repeat(2, 4).reshape(8, -1)
     with jax.enable_x64(True):
-        form = quick(jax.value_and_grad(lambda p: reference(p, *rest, hidden, c), has_aux=True))
+        form = jax.jit(jax.value_and_grad(lambda p: reference(p, *rest, hidden, c), has_aux=True))
         rest = wide(teacher), wide(images), wide(strong)
         (want, moments), exact = jax.device_get(form(wide(params)))
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
@@ -208,7 +199,7 @@ def test_bfloat16(rng):
             out = method.loss(p, {'teacher': teacher}, views, jax.random.key(2), None, noise=noise)
             return out.losses['contrast']
 
-        found.append((*quick(jax.value_and_grad(loss))(params), given))
+        found.append((*jax.jit(jax.value_and_grad(loss))(params), given))
     (exact, gradients, _), (got, rounded, _) = found
     assert float(got) == pytest.approx(float(exact), rel=0.02)
     difference = jax.tree.map(jnp.subtract, rounded, gradients)
@@ -366,7 +357,7 @@ def test_masks_of_the_official_recipe(rng):
 def test_initial_values():
     """Normals of 0.02 cut at one deviation, the last matrix of each branch over sqrt(2 (l + 1)); a copy as teacher."""
     c = tiny(model__width=64, conmim__hidden=128, conmim__out=32)
-    params, model_state = quick(methods.build(c).init)(jax.random.key(5))
+    params, model_state = jax.jit(methods.build(c).init)(jax.random.key(5))
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(model_state['teacher']), strict=True):
         np.testing.assert_array_equal(a, b)
     cut = 0.02 * 0.539599
@@ -396,7 +387,7 @@ def test_mto_reads_the_encoder(rng):
     images = rng.integers(0, 256, (8, 16, 24, 3), np.uint8)
     images[0] = 0
     arguments = {'teacher': teacher}, {}, {'image': images}, jax.random.key(0), training.clock(jnp.int32(4))
-    (_, (terms, _)), gradients = quick(jax.value_and_grad(training.objective.loss, has_aux=True))(params, *arguments)
+    (_, (terms, _)), gradients = jax.jit(jax.value_and_grad(training.objective.loss, has_aux=True))(params, *arguments)
     assert {'contrast', 'matched', 'mto_spa', 'mto_e', 'mto_r'} <= terms.keys()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((terms, gradients)))
 
