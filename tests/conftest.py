@@ -17,6 +17,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 )
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
@@ -79,6 +80,15 @@ def named(tree):
     """{path of a leaf, its parts joined by '/': its values as numpy has them}."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(x) for path, x in leaves}
+
+
+def randomised(tree, rng, scale=0.2):
+    """Every parameter of a tree, or of its shapes, redrawn, so that no zero or one hides an error; scales around 1."""
+
+    def draw(path, p):
+        return jnp.asarray(rng.normal(size=p.shape) * scale + (path[-1].key == 'scale'), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 def vanishing(method):

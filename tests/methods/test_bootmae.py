@@ -15,7 +15,7 @@ from mto_jax.methods import Clock, bootmae
 from mto_jax.training import optim, schedules, train_state
 from mto_jax.training.objective import Pretraining
 from mto_jax.training.train_state import Meter
-from tests.conftest import named
+from tests.conftest import named, randomised
 from tests.methods import test_parity as parity
 from tests.training import test_train
 
@@ -139,15 +139,6 @@ def ref_gradients(p, teacher, images, visible, weights, terms, patch=4):
 
 
 # --------------------------------------------------------------------------------------------------- and compared
-
-
-def randomised(params, rng, scale=0.2):
-    """Every parameter redrawn, so that no zero or one hides an error."""
-
-    def draw(path, p):
-        return jnp.asarray(rng.normal(size=p.shape) * scale + (path[-1].key == 'scale'), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 SMALL = {

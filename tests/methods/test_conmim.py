@@ -16,7 +16,7 @@ from mto_jax.methods import Clock, conmim
 from mto_jax.runtime import parallel
 from mto_jax.tasks import pretrain
 from mto_jax.training import job, optim, schedules, train_state
-from tests.conftest import named, shrink
+from tests.conftest import named, randomised, shrink
 from tests.training import test_train
 
 VANISHES = 'encoder/norm/bias'  # added to all tokens, it is taken away by the first batch normalisation
@@ -34,13 +34,8 @@ def tiny(**fields):
 
 
 def drawn(method, rng):
-    """Parameters that are nowhere zero or one, so that none hides an error."""
-    shapes, _ = jax.eval_shape(method.init, jax.random.key(0))
-
-    def draw(path, leaf):
-        return jnp.asarray(rng.normal(size=leaf.shape) * 0.2 + (path[-1].key == 'scale'), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    """`randomised` parameters of a method."""
+    return randomised(jax.eval_shape(method.init, jax.random.key(0))[0], rng)
 
 
 def layer_norm(x, p):

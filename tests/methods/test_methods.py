@@ -16,12 +16,7 @@ from mto_jax.methods import simmim
 from mto_jax.models import position, vit
 from mto_jax.models.layers import Block
 from mto_jax.training import job
-from tests.conftest import forward, shrink
-
-
-def randomised(params, rng, scale=0.2):
-    """Every parameter redrawn, so that no zero or one hides an error."""
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * scale + (p == 1), jnp.float32), params)
+from tests.conftest import forward, randomised, shrink
 
 
 def np_layer_norm(x, p):

@@ -17,7 +17,7 @@ import pytest
 from configs import mae, simmim
 from mto_jax import losses, methods
 from mto_jax.training import optim, schedules
-from tests.conftest import forward
+from tests.conftest import forward, randomised
 
 pytestmark = pytest.mark.filterwarnings('default')  # the peers' own warnings are not ours to mend
 
@@ -27,11 +27,6 @@ def torch():
     found = pytest.importorskip('torch', reason='PyTorch is not installed (requirements-peers.txt)')
     found.set_num_threads(1)
     return found
-
-
-def randomised(params, rng, scale=0.2):
-    """Every parameter away from its initial value, so that none can be wrong unseen."""
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * scale + (p == 1), jnp.float32), params)
 
 
 def named(tree):

@@ -29,7 +29,7 @@ from mto_jax.runtime.log import read_history
 from mto_jax.tasks import pretrain
 from mto_jax.training import checkpoint, job, objective, optim, schedules, train_state
 from tests import toy_method
-from tests.conftest import shrink
+from tests.conftest import named, shrink
 
 
 def same(a, b):
@@ -167,18 +167,14 @@ OTHER_PARAMETERS = {
 }
 
 
-def by_path(tree):
-    return {jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in jax.tree.leaves_with_path(tree)}
-
-
 def test_decay_of_parameters_of_other_methods():
     """Matrices and relative positions decay, tokens as the fields say wherever they lie, and nothing else does."""
     params = traverse_util.unflatten_dict({n: np.zeros(s) for n, s in OTHER_PARAMETERS.items()}, sep='/')
-    decayed = {name for name, yes in by_path(optim.decay_mask(params, False, False)).items() if yes}
+    decayed = {name for name, yes in named(optim.decay_mask(params, False, False)).items() if yes}
     tables = {'encoder/relative_bias_table', 'encoder/blocks/block0/relative_position_bias'}
     matrices = {'encoder/blocks/block0/cross_attn/kv_kernel', 'cls_token_predictor/kernel', 'lm_head/proj/kernel'}
     assert decayed == tables | matrices
-    with_tokens = {name for name, yes in by_path(optim.decay_mask(params, False, True)).items() if yes}
+    with_tokens = {name for name, yes in named(optim.decay_mask(params, False, True)).items() if yes}
     assert with_tokens - decayed == {'feature_decoder/mask_token', 'mask_token_1', 'mask_token/embedding'}
 
 
