@@ -2,7 +2,7 @@
 
     python -m mto_jax.studies --config=configs/study_quickstart.py:bootmae       # or :conmim
 
-`baseline` is what configs/quickstart.py has; each other variant changes one thing.
+`baseline` is what configs/quickstart.py has but for its epochs; each other variant changes one thing.
 """
 
 from configs import quickstart
@@ -42,4 +42,5 @@ def get_config(method: str):
         raise ValueError(f'method is {method!r}; it must be bootmae or conmim')
     c = quickstart.get_config(method)
     c.mto.enabled = False
+    c.study.budgets, c.study.evaluations = (4.0,), 1
     return stages[method](c)
