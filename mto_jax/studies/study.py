@@ -231,11 +231,12 @@ def _evaluator(training, config, train, test):
             return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan')) | {'het': None}
         found = frozen.accuracies(arrays, config.eval, config.data.num_classes)
         seen = jax.device_get(diagnose(state, shown, key))
+        het = [v for name, values in seen['blocks'].items() if name.split('.')[0] == 'het' for v in values]
         return {
             'linear': found['linear'],
             'knn': found[f'knn_{config.eval.knn_k[-1]}'],
             'reconstruction': float(sum(seen['losses'].values())),
-            'het': ' '.join(f'{v:.3f}' for v in seen['blocks']['het']) if last else None,
+            'het': ' '.join(f'{v:.3f}' for v in het) if last else None,
         }
 
     return evaluate

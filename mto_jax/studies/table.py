@@ -20,7 +20,7 @@ COLUMNS = (
     'knn',
     'finetune',  # the accuracy after it; at the end only
     'reconstruction',  # the method's own loss on evaluation images under fixed masks
-    'het',  # heterogeneity per block as `mto.diagnosis` has it, at the end only
+    'het',  # heterogeneity per block as `mto.diagnosis` has it, one stack after another, at the end only
     'step_seconds',  # of training, all seeds of the dispatch together
 )
 
