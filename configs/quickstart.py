@@ -64,6 +64,7 @@ def small_bootmae(c):
     c = small(c)
     b = c.bootmae
     b.decoder_width, b.block_patches, b.block_area = 64, 30, (4, 15)
+    b.norm_pix_loss = False  # as for MAE
     b.ema_milestones, b.ema_rates = (0.0, 1 / 3), (0.05, 0.01)
     return c
 

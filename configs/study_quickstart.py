@@ -12,6 +12,7 @@ from configs.study_simmim import mto, rate
 def bootmae(c):
     c.study.variants = {
         'baseline': {},
+        'normalised target': {'bootmae': {'norm_pix_loss': True}},
         'rate 5e-4': {'optim': rate(c, 5e-4)},
         'rate 3e-3': {'optim': rate(c, 3e-3)},
         'ratio 60%': {'mask_ratio': 0.6, 'bootmae': {'block_patches': 24}},

@@ -177,6 +177,7 @@ FIELDS: dict[str, Field] = {
     'bootmae.block_patches': shapes(120, at_least(1)),  # hidden in blocks; the rest of mask_ratio one by one
     'bootmae.block_area': shapes((16, 60), ascending(at_least(1))),  # of one block, in patches
     'bootmae.block_aspect': shapes(0.3, PORTION),  # height over width: from this to its inverse
+    'bootmae.norm_pix_loss': shapes(True),
     'bootmae.weight_patches': shapes(True),  # a hidden patch counts up to twice, the more of its neighbours are hidden
     'bootmae.feature_weight': shapes(1.0, at_least(0)),  # of the feature loss
     'bootmae.feature_warmup': shapes(0.25, PORTION),  # fraction of the epochs over which that weight grows from 0

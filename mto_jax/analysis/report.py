@@ -176,7 +176,7 @@ def _pictures(runs):
     normal = '; each prediction is un-normalised with the true patch'
 
     def normalised(r):
-        return r.field('method') == 'bootmae' or (r.field('method') == 'mae' and r.field('mae.norm_pix_loss'))
+        return r.config.get(f'{r.field("method")}.norm_pix_loss')
 
     figures = [page.photo(r.picture, r.name, text + normal * bool(normalised(r))) for r in runs if r.picture]
     return page.grid(figures, wide=True) if figures else ''

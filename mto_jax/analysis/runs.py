@@ -35,7 +35,8 @@ LOSSES = {
 # What must be the same for the term of two runs to be compared.
 SAME_PROBE = ('data.name', 'data.data_dir', 'data.val_split')
 SAME_TARGET = ('method', 'mask_ratio', 'mae.norm_pix_loss', 'simmim.mask_unit', 'model.patch_size', 'data.name')
-SAME_TARGET += ('bootmae.block_patches', 'bootmae.block_area', 'bootmae.block_aspect', 'bootmae.weight_patches')
+SAME_TARGET += ('bootmae.norm_pix_loss', 'bootmae.weight_patches')
+SAME_TARGET += ('bootmae.block_patches', 'bootmae.block_area', 'bootmae.block_aspect')
 SAME_TARGET += ('data.data_dir', 'data.train_split', 'data.image_size', 'data.crop', 'data.mean', 'data.std')
 
 

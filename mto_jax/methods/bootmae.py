@@ -26,6 +26,7 @@ class BootMAE(methods.SingleModule):
       regressor, predictor: architectures of the decoders, the two stacks that carry mask tokens.
       mask_ratio: fraction of hidden patches.
       blocks: that hide most of them.
+      norm_pix_loss: normalise each colour of each target patch by its own mean and standard deviation.
       weight_patches: weight hidden patches by how many of their neighbours are hidden.
       feature_weight: final weight of the feature loss.
       feature_warmup: fraction of the epochs over which it grows from 0, once per epoch.
@@ -37,6 +38,7 @@ class BootMAE(methods.SingleModule):
     predictor: vit.Architecture
     mask_ratio: float
     blocks: masking.Blocks
+    norm_pix_loss: bool
     weight_patches: bool
     feature_weight: float
     feature_warmup: float
@@ -140,7 +142,7 @@ class Bootstrapped(nn.Module):
             return losses.masked_mean(weights * error, masks.mask)
 
         patches = losses.patchify(images.astype(jnp.float32), a.patch_size)
-        mean, std = colour_moments(patches, a.channels)
+        mean, std = self.moments(patches)
         terms = {'reconstruction': loss(predictions, (patches - mean) / std)}
         if target is not None:
             terms['features'] = loss(mto.layer_norm(features), mto.layer_norm(target))
@@ -152,9 +154,12 @@ class Bootstrapped(nn.Module):
 
     def to_pixels(self, result, images):
         """Undo the target's normalisation with each true patch's own statistics, which the loss never sees."""
-        a = self.method.arch
-        mean, std = colour_moments(losses.patchify(images, a.patch_size), a.channels)
+        mean, std = self.moments(losses.patchify(images, self.method.arch.patch_size))
         return result.predictions.astype(jnp.float32) * std + mean
+
+    def moments(self, patches):
+        """What is subtracted from the target patches, and what they are then divided by."""
+        return colour_moments(patches, self.method.arch.channels) if self.method.norm_pix_loss else (0.0, 1.0)
 
 
 def colour_moments(patches: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:
@@ -216,6 +221,7 @@ def build(config) -> BootMAE:
         predictor,
         config.mask_ratio,
         masking.Blocks(c.block_patches, *c.block_area, c.block_aspect),
+        c.norm_pix_loss,
         c.weight_patches,
         c.feature_weight,
         c.feature_warmup,

@@ -100,7 +100,7 @@ def ref_weights(mask, grid):
     return (mask.reshape(grid) * (1 + np.array(near))).ravel()
 
 
-def ref_bootmae(p, teacher, images, visible, weights, patch):
+def ref_bootmae(p, teacher, images, visible, weights, patch, normalised):
     """The losses of pixels and features (2,), and the pixel predictions.
 
     Args:
@@ -117,7 +117,7 @@ def ref_bootmae(p, teacher, images, visible, weights, patch):
         pixels = pixels.reshape(patches.shape) + p['pixel_head']['bias']
         features = ref_dense(ref_decoder(p['predictor'], x, last, visible, grid), p['feature_head'])
         mean, var = patches.mean((1, 2), keepdims=True), patches.var((1, 2), keepdims=True)
-        of_pixels = (pixels - (patches - mean) / jnp.sqrt(var + 1e-5)) ** 2
+        of_pixels = (pixels - ((patches - mean) / jnp.sqrt(var + 1e-5) if normalised else patches)) ** 2
         of_features = (ref_norm(features) - ref_norm(wanted[1:])) ** 2
         errors = of_pixels.mean((1, 2, 3)), of_features.mean(1)
         return jnp.stack([(weights * e).mean() for e in errors]), pixels.reshape(len(patches), -1)
@@ -126,12 +126,12 @@ def ref_bootmae(p, teacher, images, visible, weights, patch):
     return losses.mean(0) / (weights > 0).mean(), predictions
 
 
-@functools.partial(jax.jit, static_argnames='patch')
-def ref_gradients(p, teacher, images, visible, weights, terms, patch=4):
+@functools.partial(jax.jit, static_argnames=('patch', 'normalised'))
+def ref_gradients(p, teacher, images, visible, weights, terms, patch=4, normalised=True):
     """((losses, predictions), gradient of `terms @ losses`)."""
 
     def total(p):
-        losses, predictions = ref_bootmae(p, teacher, images, visible, weights, patch)
+        losses, predictions = ref_bootmae(p, teacher, images, visible, weights, patch, normalised)
         return terms @ losses, (losses, predictions)
 
     grads, found = jax.grad(total, has_aux=True)(p)
@@ -141,11 +141,12 @@ def ref_gradients(p, teacher, images, visible, weights, terms, patch=4):
 # --------------------------------------------------------------------------------------------------- and compared
 
 
+OFF = {'bootmae.weight_patches': False, 'bootmae.norm_pix_loss': False}
 SMALL = {
     # Three heads of a decoder 20 wide have 6 features each: 18 in all.
     'wide': {'data.image_size': (16, 24), 'data.channels': 2, 'model.depth': 2, 'bootmae.decoder_width': 20},
     'square': {'data.image_size': (20, 20), 'model.depth': 3, 'bootmae.decoder_depth': 2},
-    'one block': {'data.image_size': (24, 8), 'data.channels': 1, 'model.depth': 1, 'bootmae.weight_patches': False},
+    'one block': {'data.image_size': (24, 8), 'data.channels': 1, 'model.depth': 1, **OFF},
 }
 
 
@@ -218,7 +219,9 @@ def test_losses_and_gradients_against_a_form_in_float64(rng, name, dtype):
     for terms in np.eye(2):
         with jax.enable_x64(True):
             arguments = in_float64(params), in_float64(state['teacher']), in_float64(images), *places, terms
-            (want, want_predictions), want_grads = jax.device_get(ref_gradients(*arguments))
+            (want, want_predictions), want_grads = jax.device_get(
+                ref_gradients(*arguments, normalised=c.bootmae.norm_pix_loss)
+            )
         assert want.dtype == np.float64
         (got, predictions), grads = ours(params, np.float32(terms))
         grads, want_grads = named(grads), named(want_grads)
