@@ -49,13 +49,14 @@ def small_simmim(c):
 def small_conmim(c):
     """ConMIM at this size: single patches as masked units, a narrower projector, a blur that fits 28 pixels.
 
-    Relative positions stay: absolute ones would tell a hidden patch its place without a look at the image. The images
-    are grey, so of the strong view's colour operations only brightness and contrast act.
+    Sine-cosine positions in addition to the relative ones, without which it learns too slowly here
+    (docs/quickstart.md). The images are grey, so of the strong view's colour operations only brightness and contrast
+    act.
     """
     c = small(c)
     c.conmim.mask_unit = 1
     c.conmim.hidden, c.conmim.out, c.conmim.blur_radius = 256, 64, (0.1, 0.5)
-    c.model.layer_scale, c.model.init = 0.0, 'mae'
+    c.model.layer_scale, c.model.init, c.model.position = 0.0, 'mae', 'sincos'
     return c
 
 
@@ -64,7 +65,7 @@ def small_bootmae(c):
     c = small(c)
     b = c.bootmae
     b.decoder_width, b.block_patches, b.block_area = 64, 30, (4, 15)
-    b.norm_pix_loss = False  # as for MAE
+    b.norm_pix_loss, c.model.init = False, 'mae'  # as for MAE
     b.ema_milestones, b.ema_rates = (0.0, 1 / 3), (0.05, 0.01)
     return c
 

@@ -12,6 +12,7 @@ from configs.study_simmim import mto, rate
 def bootmae(c):
     c.study.variants = {
         'baseline': {},
+        'official initialisation': {'model': {'init': 'bootmae'}},
         'normalised target': {'bootmae': {'norm_pix_loss': True}},
         'rate 5e-4': {'optim': rate(c, 5e-4)},
         'rate 3e-3': {'optim': rate(c, 3e-3)},
@@ -30,7 +31,7 @@ def conmim(c):
         'rate 6e-3': {'optim': {'base_lr': 6e-3}},
         'ratio 50%': {'mask_ratio': 0.5},
         'temperature 20%': {'conmim': {'temperature': 0.2}},
-        'absolute positions': {'model': {'position': 'sincos'}},
+        'relative positions': {'model': {'position': 'none'}},
         'faster teacher': {'conmim': {'momentum': 0.98}},
         'mto': mto(w_spa=3.0),
     }
