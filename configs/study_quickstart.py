@@ -29,7 +29,7 @@ def conmim(c):
         'baseline': {},
         'rate 1e-3': {'optim': {'base_lr': 1e-3}},
         'rate 6e-3': {'optim': {'base_lr': 6e-3}},
-        'ratio 50%': {'mask_ratio': 0.5},
+        'ratio 75%': {'mask_ratio': 0.75},
         'temperature 20%': {'conmim': {'temperature': 0.2}},
         'relative positions': {'model': {'position': 'none'}},
         'faster teacher': {'conmim': {'momentum': 0.98}},
