@@ -2,6 +2,7 @@
 
 import gc
 import os
+from functools import partial
 from importlib import metadata
 
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
@@ -24,6 +25,8 @@ from absl import logging
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from configs import base
+from mto_jax.config import FIELDS, check, values
+from mto_jax.training import job, objective
 
 logging.set_verbosity(logging.ERROR)
 # To trace a model makes a million objects that stay: the default looks through all of them again and again.
@@ -45,6 +48,41 @@ def draw_once():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(ConstrainedLayoutEngine, 'execute', lambda *_: None)
         yield
+
+
+@pytest.fixture(scope='session')
+def jobs():
+    """Prepared jobs by what determines them; see `share_jobs`."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def share_jobs(request, jobs):
+    """Tests with equal configs share one job, since tracing a train step takes longer than running it here.
+
+    Tests that use `monkeypatch` may replace part of what is traced: they share nothing.
+    """
+    if 'monkeypatch' in request.fixturenames:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(job, 'prepare', partial(shared, jobs, job.prepare))
+        yield
+
+
+def shared(jobs, prepare, config, num_examples):
+    """`job.prepare` that returns the same job for configs that differ only in seed, mesh and what runs around a step.
+
+    It keeps the latest 6: compiled programs take memory.
+    """
+    check(config)
+    fields = [(n, v) for n, v in values(config) if FIELDS[n].shapes_run and n != 'seed' and not n.startswith('mesh.')]
+    key = f'{fields} {num_examples} {objective.Pretraining.loss}'  # some tests replace the loss within a context
+    if key not in jobs:
+        jobs[key] = prepare(config, num_examples)
+        if len(jobs) > 6:
+            del jobs[next(iter(jobs))]
+    return jobs[key]
 
 
 @pytest.fixture

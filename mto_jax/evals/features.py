@@ -42,7 +42,8 @@ def encoder(method: Method, config) -> Callable:
       UserError: for unknown features, a class token the model does not have, a depth it does not reach, or a teacher
         that there is not.
     """
-    item(method, config.eval)
+    if config.eval.weights != 'student':
+        item(method, config.eval)
     kind, depth, arch = config.eval.features, config.eval.depth or None, method.arch
     if kind not in FEATURES:
         raise UserError(f'eval.features is {kind!r}; it must be one of {", ".join(FEATURES)}')

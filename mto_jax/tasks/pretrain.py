@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh, source, watched, training = check(config)
     about = environment.describe(mesh) | {'order': source.order(parallel.local_part(config.batch_size, mesh))}
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
-    entries = jax.eval_shape(training.create, 0).model_state
+    entries = training.shapes.model_state
     with (
         jax.set_mesh(mesh),
         _held(workdir),
@@ -61,6 +61,8 @@ def check(config: ConfigDict) -> tuple[Mesh, sources.Source, sources.Source, job
     Raises:
       UserError: for a bad config or missing data, on any host.
     """
+    if config.allow_cpu:
+        cpu.keep_memory()  # acts on threads that start after it: before jax looks for its devices
     with hosts.together():
         mesh = parallel.make_mesh(**config.mesh)
         parallel.check_batch(config.batch_size, config.accumulate, mesh)
@@ -78,7 +80,7 @@ def _train(config, workdir, training, mesh, source, watched, saver, about, told_
     seed, total, per_epoch = config.seed, training.total, training.per_epoch
     method = training.objective.method
     saver.keep_constants(training.objective.constants)
-    state, before = begin(config, partial(training.create, seed), training.sharding(mesh), saver, total)
+    state, before = begin(config, training, training.sharding(mesh), saver)
     start = int(state.step)
     # Only now: a config that the checkpoint does not fit must not replace the one that it does.
     with hosts.together():
@@ -172,14 +174,11 @@ def _memory_explained():
 
 
 def _require_accelerator(config) -> None:
-    if jax.default_backend() != 'cpu':
-        return
-    if not config.allow_cpu:
+    if jax.default_backend() == 'cpu' and not config.allow_cpu:
         raise UserError(
             'jax found only a CPU, and this config is made for a GPU or TPU. Install jax[cuda12] or jax[tpu], see that '
             'no other program holds the device, or train on the CPU with --config.allow_cpu=True'
         )
-    cpu.keep_memory()
 
 
 def _changed(before, now) -> list[str]:

@@ -102,7 +102,7 @@ def _prepare_libtpu() -> None:
 def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     """Compile the step of `config` on a mesh of described devices; {what: text}."""
     training = job.prepare(config, IMAGENET)
-    state = jax.eval_shape(training.create, 0)
+    state = training.shapes
     shardings = training.sharding(mesh)
     shape = (config.batch_size, *config.data.image_size, config.data.channels)
     batch = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}

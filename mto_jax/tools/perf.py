@@ -24,7 +24,7 @@ def train_flops(job, images: int) -> float:
       images: of the batch it is traced with.
     """
     a = job.objective.method.arch
-    state = jax.eval_shape(lambda: job.create(0))
+    state = job.shapes
     batch = {'image': jax.ShapeDtypeStruct((images, *a.image_size, a.channels), 'uint8')}
     key = jax.eval_shape(lambda: jax.random.key(0))
     objective, clock = job.objective, job.clock(state.step)

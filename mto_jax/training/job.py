@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,11 @@ class Job:
         """The state before the first step. Pure: to be jitted, with the shardings it shall have."""
         return train_state.create(self.objective, self.tx, train_state.stream(seed, 'init'))
 
+    @cached_property
+    def shapes(self) -> TrainState:
+        """Of the state, jax.ShapeDtypeStructs. To trace a model takes seconds: it is done once."""
+        return jax.eval_shape(self.create, 0)
+
     def diagnose(self, state: TrainState, images: jax.Array, key: jax.Array):
         """`Pretraining.diagnose` of a state."""
         clock = self.clock(state.step)
@@ -55,7 +60,7 @@ class Job:
 
     def sharding(self, mesh: Mesh):
         """How the state lies on the mesh, a tree like it of NamedShardings."""
-        return parallel.shardings(jax.eval_shape(self.create, 0), mesh, self.objective.tensor_axes)
+        return parallel.shardings(self.shapes, mesh, self.objective.tensor_axes)
 
     def step(self, mesh: Mesh) -> Callable[..., tuple[TrainState, Meter]]:
         """`train_step` jitted for the mesh. It donates state and meter. To be called under `jax.set_mesh(mesh)`."""

@@ -7,7 +7,8 @@
 4. Fresh weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,32 +19,32 @@ from mto_jax.runtime.log import say
 from mto_jax.runtime.workdir import differences, listed
 from mto_jax.training import checkpoint
 from mto_jax.training.checkpoint import Checkpointer
+from mto_jax.training.job import Job
 from mto_jax.training.train_state import TrainState
 
 
 def begin(
-    config: ConfigDict, create: Callable[[], TrainState], sharding: Any, saver: Checkpointer, total: int
+    config: ConfigDict, job: Job, sharding: Any, saver: Checkpointer
 ) -> tuple[TrainState, Mapping[str, Any] | None]:
     """The state to go on from, placed as `sharding` (a tree like it) says, and what the run that saved it depended on
     (`Checkpointer.about`; None where nothing was saved).
 
     Args:
       config: of the run.
-      create: the fresh state; jitted here.
+      job: the training.
       saver: of the run's own checkpoints.
-      total: steps of the training.
 
     Raises:
       UserError: for a checkpoint that is missing, damaged, of another model or config, or that leaves no step to take.
     """
     if config.resume_from and config.init_from:
         raise UserError('resume_from and init_from are both set; give one of them')
-    abstract = checkpoint.abstract_like(jax.eval_shape(create), sharding)
+    abstract = checkpoint.abstract_like(job.shapes, sharding)
     if (state := saver.restore_newest(abstract)) is not None:
         return state, saver.about(int(state.step))
     if config.resume_from:
-        return _resumed(config, abstract, total)
-    state = jax.jit(create, out_shardings=sharding)()
+        return _resumed(config, abstract, job.total)
+    state = jax.jit(partial(job.create, config.seed), out_shardings=sharding)()
     return initialised(config.init_from, state) if config.init_from else state, None
 
 

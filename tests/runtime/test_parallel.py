@@ -48,21 +48,28 @@ def trained(training, config, shape, images):
         return first, losses, parallel.fetch(state.params), state
 
 
-MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
+MIXED, PURE = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (2, 1, 4)]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('bootmae', 'conmim', 'tests.toy_method')]
-
-
-@pytest.mark.parametrize('method', ['mae', 'simmim', *SLOW])
-@pytest.mark.parametrize('meshes', [MESHES[:1], pytest.param(MESHES[1:], marks=pytest.mark.slow)], ids=['mixed', 'all'])
+@pytest.mark.parametrize(
+    ('method', 'meshes'),
+    [
+        ('mae', MIXED),
+        ('simmim', MIXED),
+        pytest.param('mae', PURE, marks=pytest.mark.slow),
+        pytest.param('simmim', PURE, marks=pytest.mark.slow),
+        pytest.param('bootmae', MIXED + PURE, marks=pytest.mark.slow),
+        pytest.param('conmim', MIXED + PURE, marks=pytest.mark.slow),
+        pytest.param('tests.toy_method', MIXED + PURE, marks=pytest.mark.slow),
+    ],
+)
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
 
-    Parameters that are rounding noise are left out. ConMIM's gradients agree to 5e-6 of the largest: in its batch
-    normalisation sums cancel almost.
+    Parameters that are rounding noise are left out. ConMIM's gradients and parameters agree to five times that: in its
+    batch normalisation sums cancel almost.
     """
-    tolerance = 5e-6 if method == 'conmim' else 1e-6
+    slack = 5 if method == 'conmim' else 1
     training = setup(config, method)
     shape = (STEPS, config.batch_size, *config.data.image_size, config.data.channels)
     images = rng.integers(0, 256, shape, np.uint8)
@@ -70,12 +77,14 @@ def test_meshes_agree_with_one_device(config, rng, method, meshes):
     largest = max(np.abs(x).max() for x in jax.tree.leaves(one[0]))
     for mesh in meshes:
         gradients, losses, params, state = trained(training, config, mesh, images)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), gradients, one[0])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=slack * 1e-6 * largest), gradients, one[0]
+        )
         np.testing.assert_allclose(losses, one[1], rtol=1e-5)
         alone = named(one[2])
         for name, value in named(params).items():
             if not re.search(vanishing(method), name):
-                np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-5, err_msg=f'{mesh} {name}')
+                np.testing.assert_allclose(value, alone[name], rtol=0, atol=slack * 1e-5, err_msg=f'{mesh} {name}')
         check_shards(state, mesh)
 
 

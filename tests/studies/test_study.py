@@ -16,7 +16,7 @@ from mto_jax.errors import UserError
 from mto_jax.studies import report, speed, study
 from mto_jax.studies.table import COLUMNS, append, read
 from mto_jax.tasks import pretrain
-from mto_jax.training import feed, job
+from mto_jax.training import feed, job, train_state
 from mto_jax.training.loop import Record, fit
 
 INF = float('inf')
@@ -56,6 +56,19 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
         mine = feed.take(states, i)
         jax.tree_util.tree_map_with_path(compare, mine.params, state.params)
         jax.tree_util.tree_map_with_path(compare, mine.model_state, state.model_state)
+
+
+def test_rows_hold_the_heterogeneity_of_every_stack(config):
+    """Of a method with two: both, at the end of a run only."""
+    config.method, config.data.crop = 'tests.toy_method', 'resize'
+    images = memory.load(config.data, 'train[:64]')
+    training = job.prepare(config, 64)
+    state, key = jax.jit(training.create)(0), train_state.stream(0, 'diagnose')
+    evaluate = study._evaluator(training, config, images, images)
+    blocks = training.diagnose(state, images[0], key)['blocks']
+    want = np.concatenate([blocks['het.encoder'], blocks['het.predictor']])
+    assert [float(v) for v in evaluate(state, True)['het'].split()] == pytest.approx(list(want), abs=1e-3)
+    assert evaluate(state, False)['het'] is None
 
 
 def test_in_memory_refuses_crops(config):
@@ -221,7 +234,7 @@ def test_evaluations_see_all_classes(two_runs, monkeypatch):
 
     def diagnose(self, state, images, key):
         shown.append(images)
-        return {'losses': {'x': 0.0}}
+        return {'losses': {'x': 0.0}, 'blocks': {}}
 
     monkeypatch.setattr(study.features, 'extract', extract)
     monkeypatch.setattr(job.Job, 'diagnose', diagnose)
