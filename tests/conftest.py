@@ -129,14 +129,6 @@ def randomised(tree, rng, scale=0.2):
     return jax.tree_util.tree_map_with_path(draw, tree)
 
 
-def vanishing(method):
-    """A pattern of the paths whose exact gradient is zero, so that Adam makes steps of rounding noise.
-
-    ConMIM's first batch normalisation takes away the bias of the encoder's norm; its running mean keeps it.
-    """
-    return r'/k_bias$|encoder/norm/bias$|/norm0/mean$' if method == 'conmim' else r'/k_bias$'
-
-
 def forward(method, params, images, *, noise=None, train=False):
     """The `methods.Result` of a `SingleModule` on normalised images, with or without given mask noise."""
     rngs = {'mask': jax.random.key(3), 'dropout': jax.random.key(4)}

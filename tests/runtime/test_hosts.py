@@ -20,7 +20,7 @@ from configs import base
 from mto_jax.errors import UserError
 from mto_jax.runtime import hosts, parallel
 from mto_jax.training import checkpoint, job
-from tests.conftest import QUICK, named, shrink, vanishing
+from tests.conftest import QUICK, shrink
 
 SECONDS = 600  # after which a run of two processes hangs, rather than being slow
 
@@ -135,6 +135,7 @@ FIELDS = {
     'batch_size': 32,
     'epochs': 2.0,
     'optim.warmup_epochs': 0.5,
+    'optim.eps': 1e-3,  # above the rounding of the gradients: Adam would make full steps of it
     'log_every': 3,
     'diagnose_every': 0,
     'eval.every_epochs': 1.0,
@@ -189,11 +190,9 @@ def restored(workdir, step, method='mae'):
     return {'params': state.params, 'model_state': state.model_state}
 
 
-def largest_difference(a, b, method='mae'):
-    """Over all values but those that are rounding noise."""
-    a, b = named(a), named(b)
-    assert a.keys() == b.keys()
-    return max(float(np.abs(x - b[name]).max()) for name, x in a.items() if not re.search(vanishing(method), name))
+def largest_difference(a, b):
+    """Over all values."""
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 @pytest.mark.slow
@@ -233,7 +232,7 @@ def test_two_processes_with_a_teacher_train_as_one(tmp_path, method, fields):
     assert finish(launch(one, 1, devices=4, **fields)) == [0], output(one)
     assert finish(launch(two, 2, **fields)) == [0, 0], output(two)
     states = (restored(folder, 8, method) for folder in (one, two))
-    assert largest_difference(*states, method) < 1e-5
+    assert largest_difference(*states) < 1e-5
 
 
 def wait_for(pattern, workdir, processes):

@@ -1,7 +1,5 @@
 """Meshes: what lies where, that every mesh trains as one device does, and that wrong ones are refused."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from mto_jax.runtime import parallel
 from mto_jax.runtime.parallel import whole
 from mto_jax.training import job, train_state
 from mto_jax.training.train_state import Meter
-from tests.conftest import named, vanishing
+from tests.conftest import named
 
 STEPS = 20
 
@@ -26,6 +24,7 @@ def setup(config, method):
     c.method, c.mask_ratio, c.simmim.mask_unit, c.conmim.group = method, 0.5, 1, 8
     c.model.width, c.model.heads, c.mae.decoder_width, c.mae.decoder_heads = 64, 4, 32, 4
     c.mto.enabled, c.mto.recalibration, c.mto.w_e, c.mto.w_r, c.mto.w_spa = True, 'ramp', 0.1, 1.0, 0.1
+    c.optim.eps = 1e-3  # above the rounding of the gradients: Adam would make full steps of it
     c.epochs, c.optim.warmup_epochs, c.optim.base_lr, c.data.flip = STEPS / 4, 0.0, 1e-3, True
     return job.prepare(c, 130)
 
@@ -66,8 +65,7 @@ MIXED, PURE = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (2, 1, 4)]
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
 
-    Parameters that are rounding noise are left out. ConMIM's gradients and parameters agree to five times that: in its
-    batch normalisation sums cancel almost.
+    ConMIM's gradients and parameters agree to five times that: in its batch normalisation sums cancel almost.
     """
     slack = 5 if method == 'conmim' else 1
     training = setup(config, method)
@@ -83,8 +81,7 @@ def test_meshes_agree_with_one_device(config, rng, method, meshes):
         np.testing.assert_allclose(losses, one[1], rtol=1e-5)
         alone = named(one[2])
         for name, value in named(params).items():
-            if not re.search(vanishing(method), name):
-                np.testing.assert_allclose(value, alone[name], rtol=0, atol=slack * 1e-5, err_msg=f'{mesh} {name}')
+            np.testing.assert_allclose(value, alone[name], rtol=0, atol=slack * 1e-5, err_msg=f'{mesh} {name}')
         check_shards(state, mesh)
 
 
