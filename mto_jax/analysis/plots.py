@@ -78,8 +78,13 @@ def per_block(path: epath.Path, rows: Sequence[Mapping[str, float]]) -> None:
                 found.setdefault(term, []).append((row['step'], values))
     if not found:
         return
-    fig = Figure(figsize=(4.2 * len(found), 3.4), layout='constrained')
-    for axis, (term, lines) in zip(np.atleast_1d(fig.subplots(1, len(found))), found.items(), strict=True):
+    columns = min(4, len(found))
+    across = -(-len(found) // columns)
+    fig = Figure(figsize=(4.2 * columns, 3.4 * across), layout='constrained')
+    axes = fig.subplots(across, columns, squeeze=False).ravel()
+    for axis in axes[len(found) :]:
+        axis.axis('off')
+    for axis, (term, lines) in zip(axes, found.items(), strict=False):
         shown = lines if len(lines) <= 8 else [lines[i] for i in np.linspace(0, len(lines) - 1, 8).astype(int)]
         colours = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(shown)))
         for colour, (step, values) in zip(colours, shown, strict=True):
