@@ -36,6 +36,17 @@ def _save(fig: Figure, path: epath.Path) -> None:
     write(epath.Path(path), picture.getvalue())
 
 
+def _panels(count: int, width: float, height: float):
+    """A figure of `count` panels, at most four in a row, each of this size in inches; and their axes."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    fig = Figure(figsize=(width * columns, height * rows), layout='constrained')
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[count:]:
+        axis.axis('off')
+    return fig, axes[:count]
+
+
 def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """One panel a logged term, one line a run. `runs`: {label: rows of `metrics.jsonl`}."""
     skip = {'step', 'epoch', 'seconds_per_step'}
@@ -47,11 +58,8 @@ def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) 
         return
     # Losses first, then what was measured beside them, in a stable order.
     names.sort(key=lambda n: (not n.startswith(('loss', 'reconstruction', 'mto')), re.sub(r'\d+', _padded, n)))
-    columns = min(4, len(names))
-    lines = -(-len(names) // columns)
-    fig = Figure(figsize=(3.6 * columns, 2.7 * lines), layout='constrained')
-    axes = np.atleast_1d(fig.subplots(lines, columns)).ravel()
-    for axis, name in zip(axes, names, strict=False):
+    fig, axes = _panels(len(names), 3.6, 2.7)
+    for axis, name in zip(axes, names, strict=True):
         for colour, (label, rows) in enumerate(runs.items()):
             points = [(r['step'], r[name]) for r in rows if name in r]
             if points:
@@ -63,8 +71,6 @@ def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) 
         axis.grid(alpha=0.3)
     if len(runs) > 1:
         axes[0].legend(fontsize=8)
-    for axis in axes[len(names) :]:
-        axis.axis('off')
     _save(fig, path)
 
 
@@ -78,13 +84,8 @@ def per_block(path: epath.Path, rows: Sequence[Mapping[str, float]]) -> None:
                 found.setdefault(term, []).append((row['step'], values))
     if not found:
         return
-    columns = min(4, len(found))
-    across = -(-len(found) // columns)
-    fig = Figure(figsize=(4.2 * columns, 3.4 * across), layout='constrained')
-    axes = fig.subplots(across, columns, squeeze=False).ravel()
-    for axis in axes[len(found) :]:
-        axis.axis('off')
-    for axis, (term, lines) in zip(axes, found.items(), strict=False):
+    fig, axes = _panels(len(found), 4.2, 3.4)
+    for axis, (term, lines) in zip(axes, found.items(), strict=True):
         shown = lines if len(lines) <= 8 else [lines[i] for i in np.linspace(0, len(lines) - 1, 8).astype(int)]
         colours = mpl.colormaps['viridis'](np.linspace(0, 0.9, len(shown)))
         for colour, (step, values) in zip(colours, shown, strict=True):

@@ -205,15 +205,15 @@ def test_two_processes_train_as_one_and_hand_over(tmp_path):
     assert 'validation' in output(two, 0)
     assert 'validation' not in output(two, 1)
 
-    # Stopped at 4 of 8 steps by removing what came later; then ended by the other number of processes.
-    for source, processes in ((two, 1), (one, 2)):
+    # Stopped at 4 of 8 steps by removing what came later; then ended by the other or the same number of processes.
+    for source, processes in ((two, 1), (one, 2), (two, 2)):
         mixed = f'{source}-then-{processes}'
         shutil.copytree(source, mixed)
         shutil.rmtree(f'{mixed}/checkpoints/8')
         assert finish(launch(mixed, processes)) == [0] * processes, output(mixed)
         assert 'resuming at step 4' in output(mixed)
         assert largest_difference(restored(one, 8), restored(mixed, 8)) < 1e-5
-        assert 'under other conditions' in output(mixed)
+        assert ('under other conditions' in output(mixed)) == ((source, processes) != (two, 2))
 
 
 @pytest.mark.slow

@@ -313,6 +313,6 @@ def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_and_damaged_it_ends_the_same(tmp_path):
-    counts = faults.run(2, random.randrange(2**31), Path(tmp_path), ('flip',))
-    assert counts['kills'] == 3
-    assert counts['damages_noticed'] + counts['flips_of_unused_bits'] == counts['damages'] == 1
+    counts = faults.run(3, random.randrange(2**31), Path(tmp_path), ('flip', 'empty'))
+    assert counts['kills'] == 5
+    assert counts['damages_noticed'] + counts['flips_of_unused_bits'] == counts['damages'] == 2
