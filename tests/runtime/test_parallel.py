@@ -47,7 +47,7 @@ def trained(training, config, shape, images):
         return first, losses, parallel.fetch(state.params), state
 
 
-MIXED, PURE = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (2, 1, 4)]
+MIXED, REST = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
 
 
 @pytest.mark.parametrize(
@@ -55,19 +55,19 @@ MIXED, PURE = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (2, 1, 4)]
     [
         ('mae', MIXED),
         ('simmim', MIXED),
-        pytest.param('mae', PURE, marks=pytest.mark.slow),
-        pytest.param('simmim', PURE, marks=pytest.mark.slow),
-        pytest.param('bootmae', MIXED + PURE, marks=pytest.mark.slow),
-        pytest.param('conmim', MIXED + PURE, marks=pytest.mark.slow),
-        pytest.param('tests.toy_method', MIXED + PURE, marks=pytest.mark.slow),
+        pytest.param('mae', REST, marks=pytest.mark.slow),
+        pytest.param('simmim', REST, marks=pytest.mark.slow),
+        pytest.param('bootmae', MIXED + REST, marks=pytest.mark.slow),
+        pytest.param('conmim', MIXED + REST, marks=pytest.mark.slow),
+        pytest.param('tests.toy_method', MIXED + REST, marks=pytest.mark.slow),
     ],
 )
 def test_meshes_agree_with_one_device(config, rng, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
 
-    ConMIM's gradients and parameters agree to five times that: in its batch normalisation sums cancel almost.
+    ConMIM's gradients agree to 5e-6 of the largest: in its batch normalisation sums cancel almost.
     """
-    slack = 5 if method == 'conmim' else 1
+    tolerance = 5e-6 if method == 'conmim' else 1e-6
     training = setup(config, method)
     shape = (STEPS, config.batch_size, *config.data.image_size, config.data.channels)
     images = rng.integers(0, 256, shape, np.uint8)
@@ -75,13 +75,11 @@ def test_meshes_agree_with_one_device(config, rng, method, meshes):
     largest = max(np.abs(x).max() for x in jax.tree.leaves(one[0]))
     for mesh in meshes:
         gradients, losses, params, state = trained(training, config, mesh, images)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=slack * 1e-6 * largest), gradients, one[0]
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), gradients, one[0])
         np.testing.assert_allclose(losses, one[1], rtol=1e-5)
         alone = named(one[2])
         for name, value in named(params).items():
-            np.testing.assert_allclose(value, alone[name], rtol=0, atol=slack * 1e-5, err_msg=f'{mesh} {name}')
+            np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-5, err_msg=f'{mesh} {name}')
         check_shards(state, mesh)
 
 
