@@ -3,8 +3,8 @@
     python main.py --config=configs/quickstart.py           # quickstart.py:simmim, :bootmae, :conmim for the others
 
 The data are 10,000 + 2,000 images of Fashion-MNIST (28 x 28, grey), read by the path that reads ImageNet. It ends
-with a table of four rows. docs/quickstart.md has that of MAE over three seeds, and how the settings of BootMAE and
-ConMIM were chosen.
+with a table of four rows. docs/quickstart.md has those of MAE, BootMAE and ConMIM over three seeds, and how the
+settings of the last two were chosen.
 """
 
 from configs import base, bootmae, conmim, mae_mto, simmim, simmim_mto

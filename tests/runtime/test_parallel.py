@@ -1,7 +1,7 @@
 """Meshes: what lies where, that every mesh trains as one device does, and that wrong ones are refused."""
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -33,18 +33,20 @@ def trained(training, config, shape, images):
     """(gradients of step 1, losses of all steps, final parameters) on a mesh, as numpy, and the state itself."""
     mesh = parallel.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     with jax.set_mesh(mesh):
-        sharding = training.sharding(mesh)
-        state = jax.jit(training.create, out_shardings=sharding, static_argnums=0)(0)
-        key = train_state.stream(0, 'train')
-        grad = jax.jit(jax.grad(training.objective.loss, has_aux=True), out_shardings=(sharding.params, None))
-        batches = [parallel.put_batch({'image': x}, mesh) for x in images]
-        clock = training.clock(jnp.int32(0))
-        first = parallel.fetch(grad(state.params, state.model_state, {}, batches[0], key, clock)[0])
-        step, losses = training.step(mesh), []
-        for batch in batches:
+        state = jax.jit(training.create, out_shardings=training.sharding(mesh), static_argnums=0)(0)
+        key, step, losses = train_state.stream(0, 'train'), training.step(mesh), []
+        for image in images:
+            batch = parallel.put_batch({'image': image}, mesh)
             state, meter = step(state, Meter.empty(training.names), {}, batch, key)
             losses.append(float(meter.sums['loss']))
+            if len(losses) == 1:  # Adam's first moments begin as the gradients times 1 - b1
+                first = jax.tree.map(lambda m: m / (1 - config.optim.b1), parallel.fetch(adam(state).mu))
         return first, losses, parallel.fetch(state.params), state
+
+
+def adam(state):
+    """Of the chain: clipping, AdamW, layer decay."""
+    return state.opt_state[1][0]
 
 
 MIXED, REST = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
@@ -62,11 +64,13 @@ MIXED, REST = [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2)]
         pytest.param('tests.toy_method', MIXED + REST, marks=pytest.mark.slow),
     ],
 )
-def test_meshes_agree_with_one_device(config, rng, method, meshes):
+def test_meshes_agree_with_one_device(config, rng, monkeypatch, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
 
-    ConMIM's gradients agree to 5e-6 of the largest: in its batch normalisation sums cancel almost.
+    ConMIM's gradients agree to 5e-6 of the largest: in its batch normalisation sums cancel almost. Its ReLU is made
+    smooth here: now and then a value lies so close to zero that rounding decides whether a gradient passes.
     """
+    monkeypatch.setattr(nn, 'relu', nn.silu)
     tolerance = 5e-6 if method == 'conmim' else 1e-6
     training = setup(config, method)
     shape = (STEPS, config.batch_size, *config.data.image_size, config.data.channels)
@@ -86,8 +90,7 @@ def test_meshes_agree_with_one_device(config, rng, method, meshes):
 def check_shards(state, mesh):
     """Parameters and both moments: large ones lie in parts on the devices, as many as the mesh says."""
     _, fsdp, tensor = mesh
-    moments = state.opt_state[1][0]  # of the chain: clipping, AdamW, layer decay
-    for tree in (state.params, moments.mu, moments.nu):
+    for tree in (state.params, adam(state).mu, adam(state).nu):
         blocks = tree['encoder']['blocks']['block0']
         for leaf, parts in (
             (blocks['mlp_in']['kernel'], fsdp * tensor),
