@@ -115,6 +115,7 @@ def accuracies(
     }
     training = job.assemble(objective, c.optim, batch_size, total, per_epoch, shapes)
 
+    @jax.jit
     def begin(encoder, seed):
         head = objective.init(train_state.stream(seed, 'head'))[0]['head']
         return train_state.begin({'encoder': encoder, 'head': head}, {}, training.tx)

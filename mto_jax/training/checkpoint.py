@@ -36,6 +36,12 @@ DELETION = 5.0  # seconds within which a checkpoint that is being deleted is gon
 
 T = TypeVar('T')
 
+# By default orbax has each replica write a slice of every array, and compiles a program per slice: minutes at the first
+# save. Below a mebibyte a slice is not worth it.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
+)
+
 
 class Checkpointer:
     """Saves and restores the states of one workdir. Saving is asynchronous; `close` waits for it.

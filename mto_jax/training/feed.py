@@ -96,11 +96,13 @@ def require_whole(config, images: np.ndarray) -> None:
         raise UserError(f'data.image_size and data.channels are {wanted}; the images in memory are {images.shape[1:]}')
 
 
+@jax.jit
 def stack(trees: Sequence) -> Any:
     """Trees of single seeds with a new leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+@jax.jit
 def take(tree: Any, index: int) -> Any:
     """One seed's part of a tree with a leading axis of seeds."""
     return jax.tree.map(lambda x: x[index], tree)

@@ -22,7 +22,8 @@ from mto_jax.training.loop import Record, fit
 INF = float('inf')
 
 
-@pytest.mark.parametrize('method', ['mae', pytest.param('tests.toy_method', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['mae', 'tests.toy_method'])
 def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
     """Two seeds in one dispatch, over an epoch's end, against two runs of the main job; also with a teacher."""
     config.method = method
@@ -320,6 +321,7 @@ def test_a_table_without_a_column_is_refused(two_runs, tmp_path):
         study.run(two_runs, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
     """Killed while the second evaluation is saved: the run goes on from the first, to the same rows."""
     two_runs.study.variants = {'baseline': {}}
