@@ -4,6 +4,7 @@ import gc
 import os
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
 # The tests' time is XLA's, on programs that then run for milliseconds: it optimises nothing, and leaves out its fusion
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from configs import base
@@ -47,6 +49,17 @@ def draw_once():
     """To lay out a figure takes as long as to draw it, and no test looks at where things lie in it."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(ConstrainedLayoutEngine, 'execute', lambda *_: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def draw_where_looked_at(request):
+    """To draw a run's figures takes longer than such a run: only tests marked `pictures` have them drawn."""
+    if request.node.get_closest_marker('pictures'):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Figure, 'savefig', lambda self, out, **_: Path(out).touch() if isinstance(out, str | Path) else None)
         yield
 
 

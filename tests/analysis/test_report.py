@@ -19,6 +19,7 @@ from mto_jax.runtime.hosts import flatten
 from mto_jax.runtime.log import read_history
 from mto_jax.tasks import pretrain
 
+pytestmark = pytest.mark.pictures
 VOID = {'meta', 'img', 'br'}
 
 

@@ -387,6 +387,7 @@ def test_mto_reads_the_encoder(rng):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((terms, gradients)))
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_resumes_bitwise_and_is_evaluated(tmp_path):
     """With two microbatches, MTO, teacher and statistics; then kNN of student and teacher."""

@@ -178,6 +178,7 @@ def two_runs(config):
     return config
 
 
+@pytest.mark.pictures
 def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
     table = study.run(two_runs, epath.Path(tmp_path))  # as the command line passes it
     rows = read(table)
@@ -248,6 +249,7 @@ def test_evaluations_see_all_classes(two_runs, monkeypatch):
     assert set(test[1][positions]) == set(range(10))
 
 
+@pytest.mark.pictures
 def test_report_by_hand(tmp_path):
     """A method that is 2.5 points better everywhere, on a baseline that gains a point from budget to budget."""
     rows = []

@@ -290,6 +290,7 @@ class FakeBucket(backend.os_backend.__class__):
         return call
 
 
+@pytest.mark.pictures
 def test_a_workdir_may_be_remote(tmp_path, monkeypatch):
     """Lock, config, history and pictures on a fake remote file system, where nothing is created exclusively."""
     bucket = FakeBucket(tmp_path)

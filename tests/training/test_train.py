@@ -500,6 +500,7 @@ def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):
     assert 'resuming at step 4' in capsys.readouterr().out
 
 
+@pytest.mark.pictures
 def test_pictures_and_metrics(config, tmp_path):
     config.eval.every_epochs, config.diagnose_every = 1.0, 4
     pretrain.run(config, tmp_path)
@@ -543,6 +544,7 @@ def test_probe_configs_read_a_checkpoint(finished, tmp_path):
         tasks.run(c, tmp_path / 'x')
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_custom_method(config, tmp_path):
     """tests/toy_method.py, named by `config.method`: with a teacher, running statistics and two stacks it learns with
@@ -613,6 +615,7 @@ def test_a_teacher_is_asked_for_where_there_is_none(config, tmp_path):
         pretrain.run(config, tmp_path)
 
 
+@pytest.mark.pictures
 def test_quickstart_config_compares(tmp_path):
     from configs import quickstart
 
