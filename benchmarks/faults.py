@@ -66,13 +66,18 @@ def saving(workdir: Path) -> str:
     return next((p.name for p in (workdir / 'checkpoints').glob('*orbax-checkpoint-tmp*')), '')
 
 
-def live(workdir: Path, epochs: int, until: int, in_save: bool, rng: random.Random) -> tuple[str, str]:
-    """One life: kill it once it has reported step `until`. Returns what it said, and which save was cut ('': none)."""
+def live(workdir: Path, epochs: int, until: int, in_save: bool, rng: random.Random, saved=0) -> tuple[str, str]:
+    """One life: kill it once it has reported step `until` and has `saved` checkpoints.
+
+    Returns:
+      What it said, and which save was cut ('': none).
+    """
     process = start(workdir, epochs)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         steps = re.findall(r'^step (\d+)/', said(workdir), re.M)
-        if steps and int(steps[-1]) >= until and (not in_save or saving(workdir)):
+        there = len(finished(workdir)) >= saved and (not in_save or saving(workdir))
+        if steps and int(steps[-1]) >= until and there:
             break
         time.sleep(0.002)
     if not in_save:
@@ -138,7 +143,8 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
     damages = dict(zip(sorted(rng.sample(range(kills // 2, kills), len(ways))), ways, strict=True))
     expected = 0
     for i, moment in enumerate(moments):
-        words, cut = live(part, epochs, moment, i % 3 == 0, rng)
+        # Before the newest checkpoint is damaged, one more must be there to go back to.
+        words, cut = live(part, epochs, moment, i % 3 == 0, rng, saved=2 if i in damages else 0)
         found = re.search(r'resuming at step (\d+)', words)
         resumed = int(found[1]) if found else 0
         assert resumed == expected, f'life {i}: resumed at {resumed}, expected {expected}\n{words}'

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +83,7 @@ def project(p, tokens):
         moments[f'norm{i}'] = {'mean': mean, 'var': x.var(0, ddof=1)}
         x = (x - mean) / jnp.sqrt(var + 1e-5)
         if i < 2:
-            x = jnp.maximum(x * p[f'norm{i}']['scale'] + p[f'norm{i}']['bias'], 0)
+            x = nn.relu(x * p[f'norm{i}']['scale'] + p[f'norm{i}']['bias'])
     return x, moments
 
 
@@ -202,8 +203,13 @@ def test_bfloat16(rng):
 
 
 @pytest.mark.slow
-def test_twenty_steps_against_float64(rng):
-    """From the initial values, with clipping and AdamW: losses to 1e-4; teacher and running statistics at the end."""
+def test_twenty_steps_against_float64(monkeypatch, rng):
+    """From the initial values, with clipping and AdamW: losses to 1e-5; teacher and running statistics at the end.
+
+    The projector's ReLU is made smooth, in both: now and then a value within rounding of zero passes on one side only,
+    and its gradient with it.
+    """
+    monkeypatch.setattr(nn, 'relu', nn.silu)
     c = tiny(epochs=5.0, optim__warmup_epochs=1.0, optim__base_lr=2e-3, optim__b2=0.9, conmim__momentum=0.9)
     training = job.prepare(c, 32)
     method, o = training.objective.method, c.optim
@@ -238,13 +244,13 @@ def test_twenty_steps_against_float64(rng):
             d = 1 - (1 - c.conmim.momentum) * (1 + np.cos(np.pi * t / 20)) / 2
             teacher = jax.tree.map(lambda a, b, d=d: d * a + (1 - d) * b, teacher, params)
             running = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, running, moments)
-        assert float(meter.sums['contrast']) == pytest.approx(float(loss), rel=1e-4), t
+        assert float(meter.sums['contrast']) == pytest.approx(float(loss), rel=1e-5), t
     got, want = named(state.model_state), named({'teacher': teacher, 'running': running})
     assert got.keys() == want.keys()
     # Where the gradient vanishes, Adam makes steps of rounding noise; the first normalisation takes them away.
     noisy = {f'teacher/{VANISHES}', 'running/student/norm0/mean', 'running/teacher/norm0/mean'}
     for name in want.keys() - noisy:
-        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-3 * np.abs(want[name]).max(), err_msg=name)
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-4 * np.abs(want[name]).max(), err_msg=name)
 
 
 @pytest.mark.parametrize(('images', 'group'), [(16, 2), (24, 8), (24, 24)], ids=['inside', 'straddling', 'all'])
