@@ -6,7 +6,8 @@ checked where they meet. Types are ml_collections' business.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -43,6 +44,11 @@ def each(rule: Rule, count: int = 0) -> Rule:
     )
 
 
+def none_or_each(rule: Rule) -> Rule:
+    ok, words = rule
+    return lambda v: all(map(ok, v)), f'any number of values, each {words}'
+
+
 def ascending(rule: Rule) -> Rule:
     ok, words = each(rule, 2)
     return lambda v: ok(v) and v[0] <= v[1], f'{words}, the smaller first'
@@ -59,6 +65,7 @@ class Field:
       own: an evaluation of a checkpoint has its own value.
       replaces: an evaluation may replace the checkpoint's: where the data lie and how they are read, and the attention
         kernel, which may not exist on the device that evaluates.
+      trains: a fine-tuning of a checkpoint has its own value.
     """
 
     default: Any
@@ -66,6 +73,7 @@ class Field:
     shapes_run: bool
     own: bool = False
     replaces: bool = False
+    trains: bool = False
 
 
 def shapes(default, rule=None, **more) -> Field:
@@ -79,14 +87,16 @@ def shows(default, rule=None, **more) -> Field:
 
 
 PORTION = (lambda v: 0 < v <= 1, 'in (0, 1]')
+PROBABILITY = (lambda v: 0 <= v <= 1, 'in [0, 1]')
 
 
 def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
     """An optimizer's fields."""
     fields = {
+        'name': kind('adamw', one_of('adamw', 'lars')),
         'base_lr': kind(1.5e-4, at_least(0)),  # per lr_reference images: lr = base_lr * batch_size / lr_reference
         'lr_reference': kind(256, at_least(0)),  # 0: base_lr and warmup_lr are absolute
-        'b1': kind(0.9, within(0, 1)),
+        'b1': kind(0.9, within(0, 1)),  # of LARS: the momentum
         'b2': kind(0.95, within(0, 1)),
         'eps': kind(1e-8, above(0)),
         'weight_decay': kind(0.05, at_least(0)),
@@ -103,40 +113,52 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
         'decay_factor': kind(0.1),
         # factor of the rate per block, from the head down; 1: none
         'layer_decay': kind(1.0, PORTION),
+        'trust_coefficient': kind(1e-3, above(0)),  # of LARS
     }
     return {f'{group}.{name}': field for name, field in fields.items()}
 
 
+# The tasks that evaluate a checkpoint, and whether they train.
+EVALUATIONS = {'knn': False, 'linear': False, 'probe': True, 'finetune': True}
+
 FIELDS: dict[str, Field] = {
-    'task': shows('pretrain', own=True),  # pretrain, knn, linear, compare, check, report
+    'task': shows('pretrain', own=True),  # pretrain, knn, linear, probe, finetune, compare, check, report
     'method': shapes('mae'),  # mae, simmim, bootmae, conmim, or an importable module with build(config)
-    'seed': shapes(0, at_least(0)),
+    'seed': shapes(0, at_least(0), trains=True),
     'workdir': shows('', own=True),  # '' for runs/<name of the config>; the same workdir resumes
-    'checkpoint': shows('', own=True),  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
+    'checkpoint': shapes('', own=True),  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
     # a new workdir goes on from this run's whole state: its workdir, or its checkpoints/<step>
-    'resume_from': shows(''),
+    'resume_from': shows('', trains=True),
     'init_from': shapes(''),  # a new workdir starts from this run's weights, at step 0: named the same way
-    'resume_anyway': shows(False),  # resume although fields differ from those the run started with
+    'resume_anyway': shows(False, trains=True),  # resume although fields differ from those the run started with
     # --- Data
     # a TFDS name; '' where data_dir is itself a prepared TFDS directory; or 'folder'
     'data.name': shapes('imagenet2012', replaces=True),
     'data.data_dir': shows('', replaces=True),  # '' for TFDS' own default
     'data.train_split': shapes('train', replaces=True),
-    'data.val_split': shows('validation'),  # watched during development
+    'data.val_split': shows('validation', trains=True),  # watched during development
     'data.test_split': shows('validation', replaces=True),  # reported by task=knn and task=linear
-    'data.image_size': shapes((224, 224), each(at_least(1), 2)),  # height, width
+    # height, width; an evaluation at another size interpolates what the encoder learned per position
+    'data.image_size': shapes((224, 224), each(at_least(1), 2), replaces=True),
     'data.channels': shapes(3, at_least(1)),
     'data.num_classes': shapes(1000, at_least(1), replaces=True),
     # resize: the whole image, no crop
-    'data.crop': shapes('random_resized', one_of('random_resized', 'resize')),
+    'data.crop': shapes('random_resized', one_of('random_resized', 'resize'), trains=True),
     # share of the image a crop covers
-    'data.crop_area': shapes((0.2, 1.0), ascending(PORTION)),
-    'data.crop_aspect': shapes((3 / 4, 4 / 3), ascending(above(0))),  # width over height
+    'data.crop_area': shapes((0.2, 1.0), ascending(PORTION), trains=True),
+    'data.crop_aspect': shapes((3 / 4, 4 / 3), ascending(above(0)), trains=True),  # width over height
     # of training images: bicubic, bilinear; an evaluation is always bicubic
-    'data.interpolation': shapes('bicubic', one_of('bicubic', 'bilinear')),
+    'data.interpolation': shapes('bicubic', one_of('bicubic', 'bilinear'), trains=True),
     # shorter side before the centre crop, at least; 0 resizes to image_size, no crop
     'data.eval_resize': shapes(256, at_least(0), replaces=True),
-    'data.flip': shapes(True),
+    'data.flip': shapes(True, trains=True),
+    # of training images, after the crop: '' or like 'rand-m9-mstd0.5-inc1'; see data/randaugment.py
+    'data.randaugment': shapes('', trains=True),
+    # label maps, for dense probes: the name of a TFDS feature; of a folder, the folder that mirrors it with PNGs
+    'data.mask': shapes('', trains=True),
+    # subtracted from their values; what is below 0 then is ignored
+    'data.mask_offset': shapes(0, at_least(0), trains=True),
+    'data.ignore_label': shapes(255, within(0, 256), trains=True),  # a value that counts for nothing
     'data.mean': shapes((0.485, 0.456, 0.406)),  # of pixels in [0, 1], one per channel
     'data.std': shapes((0.229, 0.224, 0.225), each(above(0))),
     'data.shuffle_buffer': shapes(20_000, at_least(1)),  # records; TFRecord only, ArrayRecord permutes exactly
@@ -155,14 +177,14 @@ FIELDS: dict[str, Field] = {
     'model.class_token': shapes(True),
     'model.qkv_bias': shapes('qkv'),
     'model.layer_scale': shapes(0.0, at_least(0)),
-    'model.drop_path': shapes(0.0, within(0, 1)),
+    'model.drop_path': shapes(0.0, within(0, 1), trains=True),
     'model.init': shapes('mae'),  # mae, beit, bootmae
     'model.mask_token_scale': shapes(1.0),  # factor of the mask token's initial value
     'model.mask_token_norm': shapes(0.0, at_least(0)),  # its fixed length; 0: free
     # of matrix products, and of the residual stream unless residual_dtype names another; parameters stay float32
-    'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16', 'float16')),
+    'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16', 'float16'), trains=True),
     'model.residual_dtype': shapes('', one_of('', 'float32', 'bfloat16', 'float16')),
-    'model.remat': shapes(False),
+    'model.remat': shapes(False, trains=True),
     # of jax.nn.dot_product_attention: xla, cudnn; '' for plain matrix products
     'model.attention': shapes('xla', one_of('xla', 'cudnn', ''), replaces=True),
     # --- Method
@@ -213,10 +235,10 @@ FIELDS: dict[str, Field] = {
     'mto.warmup': shapes(0.05),
     'mto.decay_e': shapes(False),
     # --- Training
-    'batch_size': shapes(4096, at_least(1)),  # images per step, over all devices
-    'accumulate': shapes(1, at_least(1)),  # microbatches per step
-    'epochs': shapes(800.0, above(0)),
-    **_optim('optim'),
+    'batch_size': shapes(4096, at_least(1), trains=True),  # images per step, over all devices
+    'accumulate': shapes(1, at_least(1), trains=True),  # microbatches per step
+    'epochs': shapes(800.0, above(0), trains=True),
+    **_optim('optim', partial(shapes, trains=True)),
     # --- Devices along each axis; -1 for the rest
     'mesh.data': shows(-1, own=True),  # splits the batch
     'mesh.fsdp': shows(1, own=True),  # splits the batch, and parameters with their optimizer state
@@ -230,11 +252,11 @@ FIELDS: dict[str, Field] = {
     'allow_cpu': shows(False, own=True),  # train although no GPU or TPU is found
     'deterministic': shapes(False, own=True),  # on a GPU: the same result bit by bit each time, slower
     # --- What is shown and kept
-    'log_every': shows(50, at_least(1)),  # steps
+    'log_every': shows(50, at_least(1), trains=True),  # steps
     'diagnose_every': shows(1000, at_least(0)),  # steps; 0: never
     'log_images': shows(6, at_least(1)),  # shown in pictures of reconstructions
-    'checkpoints.every': shows(1000, at_least(0)),  # steps; 0: only the last, which is always saved
-    'checkpoints.keep': shows(2, at_least(1)),  # newest ones kept; the best is kept beside them
+    'checkpoints.every': shows(1000, at_least(0), trains=True),  # steps; 0: only the last, which is always saved
+    'checkpoints.keep': shows(2, at_least(1), trains=True),  # newest ones kept; the best is kept beside them
     # --- Probes of frozen features
     'eval.every_epochs': shows(0.0, at_least(0), own=True),  # kNN during pre-training on val_split; 0: never
     'eval.batch_size': shows(512, at_least(1), own=True),
@@ -244,6 +266,8 @@ FIELDS: dict[str, Field] = {
     # teacher: where the method has one
     'eval.weights': shows('student', one_of('student', 'teacher'), own=True),
     'eval.depth': shows(0, at_least(0), own=True),  # blocks to apply; 0 for all and the final norm
+    # tasks knn, linear and probe: several such, of which the best is named; () for eval.depth alone
+    'eval.depths': shapes((), none_or_each(at_least(0)), own=True),
     'eval.knn_k': shows((1, 5, 10, 20), each(at_least(1)), own=True),
     'eval.knn_temperature': shows(0.07, above(0), own=True),
     # chosen on a held-out tenth of the training features, per class
@@ -253,6 +277,22 @@ FIELDS: dict[str, Field] = {
     'compare.seeds': shows((0,), each(at_least(0))),  # one pre-training without and one with MTO for each
     # --- task=report
     'report.runs': shows(''),  # workdirs of trainings, commas between them
+    # --- task=finetune
+    'classify.from_scratch': shapes(False, own=True),  # the checkpoint's architecture with fresh weights
+    'classify.pool': shapes('fc_norm', one_of('fc_norm', 'mean', 'class'), own=True),
+    'classify.head_scale': shapes(2e-5, at_least(0), own=True),  # standard deviation of the head's initial weights
+    'classify.smoothing': shapes(0.1, within(0, 1), own=True),  # of the labels
+    'classify.mixup': shapes(0.8, at_least(0), own=True),  # alpha of the Beta distribution; 0: no mixup
+    'classify.cutmix': shapes(1.0, at_least(0), own=True),
+    'classify.mix_prob': shapes(1.0, PROBABILITY, own=True),  # with which a batch is mixed
+    'classify.switch_prob': shapes(0.5, PROBABILITY, own=True),  # with which it is cutmix, where both are used
+    'classify.erase': shapes(0.25, PROBABILITY, own=True),  # probability of random erasing, per image
+    'classify.ema': shapes(0.0, within(0, 1), own=True),  # decay of averaged weights, which are evaluated; 0: none
+    # --- task=probe
+    'probe.head': shapes('linear', one_of('linear', 'attentive', 'dense'), own=True),  # see models/heads.py
+    'probe.pool': shapes('class', one_of('class', 'mean'), own=True),  # what the linear head sees
+    'probe.heads': shapes(12, at_least(1), own=True),  # of the attentive head
+    'probe.group': shapes(512, at_least(1), own=True),  # images per group of batch normalisation
     # --- Fine-tuning of a study's runs
     'finetune.epochs': shows(0.0, at_least(0)),  # 0: no fine-tuning
     'finetune.label_share': shows(0.1, PORTION),  # of the training images
@@ -274,16 +314,21 @@ FIELDS: dict[str, Field] = {
 
 def get_config() -> ConfigDict:
     """All defaults: plain MAE with ViT-B/16 on ImageNet. Every shipped config starts from it."""
-    return _nested({name: field.default for name, field in FIELDS.items()})
+    return nested({name: field.default for name, field in FIELDS.items()})
 
 
 def evaluation(task: str) -> ConfigDict:
     """The config of an evaluation: None, for what the checkpoint's own config says, in every field but its own."""
-    kept = {n: f.default if f.own or f.default == {} else placeholder(type(f.default)) for n, f in FIELDS.items()}
-    return _nested(kept | {'task': task})
+
+    def own(field):
+        return field.own or field.default == {} or (EVALUATIONS[task] and field.trains)
+
+    kept = {n: f.default if own(f) else placeholder(type(f.default)) for n, f in FIELDS.items()}
+    return nested(kept | {'task': task})
 
 
-def _nested(fields) -> ConfigDict:
+def nested(fields: Mapping[str, Any]) -> ConfigDict:
+    """A config from {dotted name: value}."""
     c = ConfigDict()
     for name, value in fields.items():
         *groups, last = name.split('.')

@@ -8,7 +8,7 @@ from mto_jax import tasks
 from mto_jax.config import FIELDS, check
 from mto_jax.errors import UserError
 from mto_jax.evals import features
-from mto_jax.tasks import pretrain
+from mto_jax.tasks import train
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def fails(config, tmp_path, monkeypatch):
     def reached(*_):
         raise AssertionError('it began to train')
 
-    monkeypatch.setattr(pretrain, '_train', reached)
-    monkeypatch.setattr(features, 'extract', reached)
+    monkeypatch.setattr(train, 'run', reached)
+    monkeypatch.setattr(features, 'collect', reached)
     config.mto.enabled, config.mto.w_r, config.mto.initial_blocks = True, 0.1, 1
 
     def run(changes):
@@ -47,6 +47,9 @@ ALONE = {
     'data.shuffle_buffer': 0,
     'data.on_error': 'ignore',
     'data.threads': -1,
+    'data.randaugment': 'rand-x9',
+    'data.mask_offset': -1,
+    'data.ignore_label': 256,
     'model.depth': -1,
     'model.patch_size': 0,
     'model.mlp_ratio': 0.0,
@@ -86,6 +89,8 @@ ALONE = {
     'batch_size': 0,
     'accumulate': 0,
     'epochs': 0.0,
+    'optim.name': 'sgd',
+    'optim.trust_coefficient': 0.0,
     'optim.base_lr': -1.0,
     'optim.b1': 1.0,
     'optim.b2': 1.5,
@@ -104,6 +109,17 @@ ALONE = {
     'checkpoints.every': -1,
     'eval.features': 'max',
     'eval.depth': 9,
+    'eval.depths': (-1,),
+    'classify.pool': 'max',
+    'classify.smoothing': 1.0,
+    'classify.mixup': -1.0,
+    'classify.mix_prob': 1.5,
+    'classify.erase': -0.1,
+    'classify.ema': 1.0,
+    'probe.head': 'mlp',
+    'probe.pool': 'max',
+    'probe.heads': 0,
+    'probe.group': 0,
     'eval.batch_size': 0,
     'eval.knn_k': (),
     'eval.knn_temperature': 0.0,

@@ -19,7 +19,8 @@ LAYERS = [
     {'methods'},
     {'training'},
     {'evals', 'analysis'},
-    {'tasks', 'studies', 'tools'},
+    {'tasks', 'studies'},
+    {'tools'},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

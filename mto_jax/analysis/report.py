@@ -63,7 +63,7 @@ def _page(runs, accuracies):
         'Summary': _summary(runs),
         'Test accuracy': _accuracies(accuracies),
         'Losses': _curves(runs, losses(runs)),
-        'Probes over steps': _curves(runs, probes(runs)),
+        'Validation over steps': _curves(runs, probes(runs)),
         'Optimisation and speed': _curves(runs, measured(runs)),
         'Reconstructions': _pictures(runs),
         'Heterogeneity': _heterogeneity(runs),
@@ -82,12 +82,14 @@ def _headline(runs):
         return f'They differ in {", ".join(differing[:8]) or "no field"}{more}.'
     r = runs[0]
     found = [f'{n} {r.last(n):.4g}' for n in (*losses(runs)[:2], *probes(runs)[-1:])]
+    task = {'finetune': 'Fine-tuning of ', 'probe': f'A probe ({r.field("probe.head")}) of '}.get(r.field('task'), '')
     mto = 'with MTO' if r.field('mto.enabled') else 'without MTO'
-    return f'{r.field("method")} {mto}, {_model(r)}, on {_data(r)}: {", ".join([_steps(r), *found, _speed(r)])}.'
+    return f'{task}{r.field("method")} {mto}, {_model(r)}, on {_data(r)}: {", ".join([_steps(r), *found, _speed(r)])}.'
 
 
 def _summary(runs):
     facts = {
+        'task': lambda r: r.field('task'),
         'method': lambda r: r.field('method'),
         'MTO': _mto,
         'model': _model,
@@ -139,7 +141,8 @@ def _speed(r):
 def _accuracies(accuracies):
     if not accuracies:
         return ''
-    columns = [c for c in next(iter(accuracies.values()))[0] if c == 'linear' or c.startswith('knn_')]
+    shares = ('linear', 'knn_', 'top1', 'top5', 'miou', 'pixel_accuracy')
+    columns = [c for c in next(iter(accuracies.values()))[0] if c.startswith(shares) and c != 'linear_l2']
     values = {n: np.array([[s[c] for c in columns] for s in seeds]) for n, seeds in accuracies.items()}
     marked = [_marked([v[:, i].mean() for v in values.values()], max) for i in range(len(columns))]
     rows = []
@@ -147,10 +150,8 @@ def _accuracies(accuracies):
         count = len(found)
         errors = [f' ± {e:.2g}' for e in found.std(0, ddof=1) / np.sqrt(count)] if count > 1 else [''] * len(columns)
         rows.append([html.escape(name), str(count), *(c + e for c, e in zip(cells, errors, strict=True))])
-    text = (
-        'Of probes of frozen features on the test split: share of right answers, mean over the seeds (± its standard '
-    )
-    return page.note(text + 'error). Bold: the highest.') + page.table(['features', 'seeds', *columns], rows)
+    text = 'On the test split: fraction of right answers, or mean intersection over union; mean over the seeds (± its '
+    return page.note(text + 'standard error). Bold: the highest.') + page.table(['features', 'seeds', *columns], rows)
 
 
 def _curves(runs, names):
@@ -164,7 +165,8 @@ def _curves(runs, names):
             axis.grid(alpha=0.3)
 
         k = term.removeprefix('val_knn_')
-        probe = (f'kNN, k = {k}, on the validation split' if k != term else 'on the validation split', 'accuracy')
+        unit = {'val_loss': 'cross-entropy', 'val_miou': 'mIoU'}.get(term.partition('_depth')[0], 'accuracy')
+        probe = (f'kNN, k = {k}, on the validation split' if k != term else 'on the validation split', unit)
         loss = LOSSES.get(term, ''), 'loss' if term in losses(runs) else ''
         text, unit = probe if term.startswith('val_') else MEASURED.get(term.partition('.')[0], loss)
         figures.append(page.chart(draw, term, text, 'step', unit))

@@ -126,7 +126,7 @@ def best(runs: Sequence[Run], term: str) -> Callable | None:
     same = {'reconstruction': SAME_TARGET}.get(term, SAME_PROBE if term.startswith('val_') else ())
     if not same or any(len({str(r.config.get(n)) for r in runs}) > 1 for n in same):
         return None
-    return max if term.startswith('val_') else min
+    return max if term.startswith('val_') and not term.startswith('val_loss') else min
 
 
 def _names(folders):

@@ -2,6 +2,8 @@
 
 data_dir/train/<class>/any/depth.jpg    labels are the classes' places among those of all splits, sorted
 data_dir/train/any.jpg                  no labels
+
+With `data.mask`, another folder has a label map for each image: <data.mask>/train/<class>/any/depth.png
 """
 
 import dataclasses
@@ -27,11 +29,17 @@ class Folder:
     Attributes:
       paths: str (n,).
       labels: int64 (n,), -1 without classes.
+      masks: paths of the label maps, str (n,); None without.
     """
 
     paths: np.ndarray
     labels: np.ndarray
+    masks: np.ndarray | None = None
     random_access = True
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
 
     @property
     def num_examples(self) -> int:
@@ -43,14 +51,17 @@ class Folder:
         return f'random access, {self.num_examples} files, listing {listing}'
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
+        columns = (self.paths, self.labels) + (() if self.masks is None else (self.masks,))
+
         def entries():
             for indices in positions:
-                yield self.paths[indices], self.labels[indices]
+                yield tuple(c[indices] for c in columns)
 
-        def read(path, label):
-            return {'image': tf.io.read_file(path), 'label': label, 'name': path}
+        def read(path, label, *mask):
+            example = {'image': tf.io.read_file(path), 'label': label, 'name': path}
+            return example | ({'mask': tf.io.read_file(mask[0])} if mask else {})
 
-        spec = tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64)
+        spec = tuple(tf.TensorSpec([None], tf.int64 if c is self.labels else tf.string) for c in columns)
         ds = tf.data.Dataset.from_generator(entries, output_signature=spec).unbatch()
         return ds.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
@@ -58,14 +69,18 @@ class Folder:
         return self.stream(p for p in positions if len(p))
 
 
-def open_folder(root: str, split: str) -> Folder:
+def open_folder(root: str, split: str, masks: str = '') -> Folder:
     """The images of one split, or of a slice of it like 'train[:90%]', sorted by path.
 
     Slices are of a fixed pseudo-random order with the classes in proportion (`order.stratified`), since by path the
     first images are all of one class.
 
+    Args:
+      masks: a folder of label maps, or ''.
+
     Raises:
-      UserError: if the folder, the split or its images are missing, or only some images lie in class folders.
+      UserError: if the folder, the split, its images or one of their label maps are missing, or only some images lie in
+        class folders.
     """
     splits = _listing(root)
     found = split_range(split, {name: len(paths) for name, (paths, _) in splits.items()})
@@ -84,7 +99,21 @@ def open_folder(root: str, split: str) -> Folder:
             f'data: {root}/{name} has images both beside and inside class folders, like '
             f'{paths[labels == -1][0]}; put all into class folders, or none'
         )
-    return Folder(paths[chosen], labels[chosen])
+    return Folder(paths[chosen], labels[chosen], _masks(root, paths[chosen], masks) if masks else None)
+
+
+def _masks(root: str, paths: np.ndarray, masks: str) -> np.ndarray:
+    """The label map of each image, str (n,)."""
+    root, masks = root.rstrip('/'), masks.rstrip('/')
+    out = np.array([f'{masks}{p.removeprefix(root).rpartition(".")[0]}.png' for p in paths], object)
+    there = {f'{folder.rstrip("/")}/{f}' for folder, _, files in tf.io.gfile.walk(masks) for f in files}
+    if missing := [i for i, p in enumerate(out) if p not in there]:
+        i = missing[0]
+        raise UserError(
+            f'data.mask is {masks!r}: {len(missing)} of {len(out)} images have no label map there; that of {paths[i]} '
+            f'must be {out[i]}'
+        )
+    return out
 
 
 @functools.lru_cache(maxsize=4)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
+from mto_jax.data import randaugment
 from mto_jax.data.order import batch_positions, padded, steps_per_epoch, subset
 from mto_jax.data.sources import Source
 from mto_jax.errors import UserError
@@ -73,23 +74,29 @@ def _size(encoded, channels):
 
 
 def _resize(image, size, method='bicubic'):
-    """Antialiased, as PIL does it, and rounded to uint8."""
+    """Antialiased, as PIL does it, and rounded to uint8; 'nearest' takes values as they are."""
+    if method == 'nearest':
+        return tf.image.resize(image, size, method=method)
     image = tf.image.resize(image, size, method=method, antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
 def train_image(encoded, seed, data) -> tf.Tensor:
     """One training image, uint8 (height, width, channels), cropped as `config.data` says."""
-    if data.crop == 'random_resized':
-        size = _size(encoded, data.channels)
-        window = crop_window(size[0], size[1], seed, data.crop_area, data.crop_aspect)
-        image = decode(encoded, data.channels, window)
-    elif data.crop == 'resize':
-        image = decode(encoded, data.channels)
-    else:
-        raise UserError(f'data.crop is {data.crop!r}; it must be random_resized or resize')
-    image = _resize(image, data.image_size, data.interpolation)
-    image.set_shape((*data.image_size, data.channels))
+    return _train_pixels(encoded, _window(encoded, seed, data), data, data.channels, data.interpolation)
+
+
+def _window(encoded, seed, data) -> tf.Tensor | None:
+    """What of a training image is taken; None for all."""
+    if data.crop == 'resize':
+        return None
+    size = _size(encoded, data.channels)
+    return crop_window(size[0], size[1], seed, data.crop_area, data.crop_aspect)
+
+
+def _train_pixels(encoded, window, data, channels, method) -> tf.Tensor:
+    image = _resize(decode(encoded, channels, window), data.image_size, method)
+    image.set_shape((*data.image_size, channels))
     return image
 
 
@@ -99,25 +106,53 @@ def eval_image(encoded, data) -> tf.Tensor:
     The shorter side becomes `eval_resize`, or longer where the image would not cover `image_size`. With `eval_resize` 0
     the image is resized to `image_size` instead.
     """
-    image = decode(encoded, data.channels)
+    return _eval_pixels(encoded, data, data.channels, 'bicubic')
+
+
+def _eval_pixels(encoded, data, channels, method) -> tf.Tensor:
+    image = decode(encoded, channels)
     height, width = data.image_size
     if data.eval_resize:
         shape = tf.cast(tf.shape(image)[:2], tf.float32)
         scale = tf.maximum(data.eval_resize / tf.reduce_min(shape), tf.reduce_max((height, width) / shape))
         size = tf.cast(tf.round(shape * scale), tf.int32)
-        image = _resize(image, size)
+        image = _resize(image, size, method)
         y, x = (size[0] - height) // 2, (size[1] - width) // 2
         image = image[y : y + height, x : x + width]
     else:
-        image = _resize(image, data.image_size)
-    image.set_shape((height, width, data.channels))
+        image = _resize(image, data.image_size, method)
+    image.set_shape((height, width, channels))
     return image
+
+
+def _mask(example, data, make) -> dict[str, tf.Tensor]:
+    """{'mask': int32 (height, width, 1)} where the example has a label map: its labels, or -1 where none counts.
+
+    Args:
+      make: of the encoded map and its number of channels, what of it is taken, with values as they are.
+
+    Raises:
+      tf.errors.InvalidArgumentError: for a map of another size than the image, in colour, or with labels that are not
+        below `data.num_classes`.
+    """
+    if 'mask' not in example:
+        return {}
+    sizes = tf.shape(decode(example['mask'], 0)), _size(example['image'], data.channels)
+    same = tf.debugging.assert_equal(sizes[0][:2], sizes[1], 'the label map has another size than its image')
+    grey = tf.debugging.assert_equal(sizes[0][2], 1, 'the label map has colours; it must have one channel of labels')
+    with tf.control_dependencies([c for c in (same, grey) if c is not None]):
+        values = tf.cast(make(example['mask'], 1), tf.int32)
+    labels = tf.where(values == data.ignore_label, -1, tf.maximum(values - data.mask_offset, -1))
+    below = tf.debugging.assert_less(labels, data.num_classes, 'the label map has labels from data.num_classes up')
+    with tf.control_dependencies([below] if below is not None else []):
+        return {'mask': tf.identity(labels)}
 
 
 def train_batches(
     source: Source, data, batch_size: int, seed: int, start: int, stop: int, part: Part | None = None
 ) -> Iterator[Batch]:
-    """Batches of steps `start` to `stop` - 1: {'image': uint8 (rows, H, W, C), 'label': int32 (rows,)}.
+    """Batches of steps `start` to `stop` - 1: {'image': uint8 (rows, H, W, C), 'label': int32 (rows,)}, and with
+    `data.mask` 'mask', int32 (rows, H, W, 1), -1 where no label counts.
 
     The same (source, seed, step) gives the same batch, wherever the iterator starts. With `part`, only this process's
     rows of it: with random access of the same global batch however many processes there are, else of one that depends
@@ -130,10 +165,17 @@ def train_batches(
     part = part or whole(batch_size)
     per_epoch = steps_per_epoch(source.num_examples, batch_size)
 
+    augment = randaugment.parse(data)
+
     def prepare(position, example):
         seed_pair = tf.stack([tf.constant(seed, tf.int64), position])
-        image = train_image(example['image'], seed_pair, data)
-        return {'image': image, 'label': tf.cast(example['label'], tf.int32)}
+        window = _window(example['image'], seed_pair, data)
+        image = _train_pixels(example['image'], window, data, data.channels, data.interpolation)
+        mask = _mask(example, data, lambda encoded, channels: _train_pixels(encoded, window, data, channels, 'nearest'))
+        if augment:
+            shape = image.shape
+            image = tf.ensure_shape(tf.numpy_function(augment, [image, seed_pair], tf.uint8), shape)
+        return {'image': image, 'label': tf.cast(example['label'], tf.int32)} | mask
 
     def rows(step):
         # The positions of this process's examples in the whole training, from which their random numbers come.
@@ -191,7 +233,8 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
 
     def prepare(position, example):
         del position
-        return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)}
+        mask = _mask(example, data, lambda encoded, channels: _eval_pixels(encoded, data, channels, 'nearest'))
+        return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)} | mask
 
     done, stand_ins = 0, {}
     filled = [w for w in wanted if len(w)]
@@ -211,8 +254,12 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
             read = zip(failed, source.select([failed]), strict=True)
             stand_ins = {done: _stand_ins(source, prepare, read, failed, data, e)}
     if len(filled) < count:
-        empty = np.zeros((0, *data.image_size, data.channels), np.uint8)
-        yield padded({'image': empty, 'label': np.zeros(0, np.int32)}, len(part.rows))
+        nothing = {
+            'image': np.zeros((0, *data.image_size, data.channels), np.uint8),
+            'label': np.zeros(0, np.int32),
+            'mask': np.zeros((0, *data.image_size, 1), np.int32),
+        }
+        yield padded({n: x for n, x in nothing.items() if n != 'mask' or data.mask}, len(part.rows))
 
 
 def _replaced(positions: np.ndarray, stand_ins: Mapping[int, int]) -> np.ndarray:

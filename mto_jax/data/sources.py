@@ -31,14 +31,17 @@ To try the project without ImageNet: python main.py --config=configs/quickstart.
 
 
 class Source(Protocol):
-    """One split of a data set, as undecoded examples {'image': bytes, 'label': int64 (-1 without labels), 'name': str}.
+    """One split of a data set, as undecoded examples {'image': bytes, 'label': int64 (-1 without labels), 'name': str},
+    and 'mask': bytes where label maps were asked for.
 
     Attributes:
       num_examples: how many there are.
+      num_classes: of their labels: 0 without labels, None where it is not known.
       random_access: whether they can be read in any order; without, `shuffled` reads them.
     """
 
     num_examples: int
+    num_classes: int | None
     random_access: bool
 
     def order(self, part: Part) -> str:
@@ -58,10 +61,16 @@ class Tfds:
     builder: tfds.core.DatasetBuilder
     split: str
     shuffle_buffer: int
+    mask: str = ''  # the feature that is a label map
 
     @property
     def num_examples(self) -> int:
         return self.builder.info.splits[self.split].num_examples
+
+    @property
+    def num_classes(self) -> int | None:
+        features = self.builder.info.features
+        return getattr(features['label'], 'num_classes', None) if 'label' in features else 0
 
     @property
     def random_access(self) -> bool:
@@ -109,7 +118,7 @@ class Tfds:
 
     @property
     def _undecoded(self):
-        return {'image': tfds.decode.SkipDecoding()}
+        return {name: tfds.decode.SkipDecoding() for name in ('image', self.mask) if name}
 
     def _name(self, position):
         return tf.strings.join([f'example {self.split}[', tf.strings.as_string(position), ']'])
@@ -120,7 +129,8 @@ class Tfds:
 
     def _select(self, example, name):
         label = example.get('label', tf.constant(-1, tf.int64))
-        return {'image': example['image'], 'label': tf.cast(label, tf.int64), 'name': name}
+        mask = {'mask': example[self.mask]} if self.mask else {}
+        return {'image': example['image'], 'label': tf.cast(label, tf.int64), 'name': name} | mask
 
 
 def open_source(data, split: str) -> Source:
@@ -130,7 +140,7 @@ def open_source(data, split: str) -> Source:
       UserError: if the data set or the split is missing or has no images, saying how to get it.
     """
     if data.name == folder.NAME:
-        return folder.open_folder(data.data_dir, split)
+        return folder.open_folder(data.data_dir, split, data.mask)
     source = _open_tfds(data, split)
     if data.on_error == 'replace' and not source.random_access:
         raise UserError(
@@ -151,7 +161,13 @@ def _open_tfds(data, split: str) -> Tfds:
         raise UserError(f'data: the split {split!r} of {builder.name} is empty')
     if 'image' not in builder.info.features:
         raise UserError(f'data: {builder.name} has no feature "image"; it has {", ".join(builder.info.features)}')
-    return Tfds(builder, split, data.shuffle_buffer)
+    maps = [name for name, f in builder.info.features.items() if isinstance(f, tfds.features.Image) and name != 'image']
+    if data.mask and data.mask not in maps:
+        raise UserError(
+            f'data.mask is {data.mask!r}; the label maps of {builder.name} are {", ".join(maps) or "none"} '
+            f'(features that are images; it has {", ".join(builder.info.features)})'
+        )
+    return Tfds(builder, split, data.shuffle_buffer, data.mask)
 
 
 def _builder(data) -> tfds.core.DatasetBuilder:

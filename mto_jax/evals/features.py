@@ -1,11 +1,14 @@
 """Frozen features of whole images."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mto_jax.data import augment
 from mto_jax.errors import UserError
@@ -14,6 +17,28 @@ from mto_jax.runtime import parallel
 from mto_jax.training.train_state import TrainState
 
 FEATURES = ('mean', 'class')
+ROWS = PartitionSpec(None, *parallel.BATCH)  # of the arrays in a Bank
+JOINED = 64  # at once: of a thousand arrays, XLA compiles for half a minute
+
+
+@flax.struct.dataclass
+class Bank:
+    """Features of whole images, in S batches of B rows; each lies on the device that encoded it.
+
+    Attributes:
+      x: float32 (S, B, D), split along B, as the other two.
+      labels: int32 (S, B).
+      valid: bool (S, B), which rows are examples. They are in the order of the data set, batch by batch.
+    """
+
+    x: jax.Array
+    labels: jax.Array
+    valid: jax.Array
+
+    def fetch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features float32 (n, D) and labels int32 (n,) of all examples, on every process. All must call it."""
+        x, labels, valid = parallel.fetch((self.x, self.labels, self.valid))
+        return x[valid], labels[valid]
 
 
 def item(method: Method, c) -> tuple[str, Any]:
@@ -39,11 +64,8 @@ def encoder(method: Method, config) -> Callable:
     """`(params, uint8 images) -> float32 (B, D)`, jitted: the features that `config.eval` names.
 
     Raises:
-      UserError: for unknown features, a class token the model does not have, a depth it does not reach, or a teacher
-        that there is not.
+      UserError: for unknown features, a class token the model does not have, or a depth it does not reach.
     """
-    if config.eval.weights != 'student':
-        item(method, config.eval)
     kind, depth, arch = config.eval.features, config.eval.depth or None, method.arch
     if kind not in FEATURES:
         raise UserError(f'eval.features is {kind!r}; it must be one of {", ".join(FEATURES)}')
@@ -70,27 +92,44 @@ def raw_pixels(params, images: np.ndarray) -> np.ndarray:
     return jnp.where(flat.any(1, keepdims=True), flat, 1).astype(np.float32) / 255.0
 
 
-def usable(x: np.ndarray) -> np.ndarray:
-    """Which features (n, D) are finite and not zero, bool (n,)."""
-    return np.isfinite(x).all(1) & np.any(x, axis=1)
+@jax.jit
+def usable(bank: Bank) -> jax.Array:
+    """Which rows have features that are finite and not zero, or are no examples, bool (S, B)."""
+    return jnp.isfinite(bank.x).all(-1) & (bank.x != 0).any(-1) | ~bank.valid
 
 
-def require(good: np.ndarray, what: str, wanted: str) -> None:
-    """Check features; `good`, bool (n,), says which are as `wanted`.
+@jax.jit
+def _faults(good, valid):
+    """How many examples are not good, how many there are, and how many come before the first that is not good."""
+    bad, index = valid & ~good, jnp.arange(good.size).reshape(good.shape)
+    before = index < jnp.where(bad, index, good.size).min()
+    return bad.sum(), valid.sum(), (valid & before).sum()
+
+
+def require(good: jax.Array | np.ndarray, valid: jax.Array | np.ndarray, what: str, wanted: str) -> None:
+    """Check features; `good`, bool, says which are as `wanted`, `valid`, of the same shape, which are examples.
 
     Raises:
       UserError: if any is not.
     """
-    if not good.all():
+    bad, count, position = (int(n) for n in _faults(good, valid))
+    if bad:
         raise UserError(
-            f'evaluation: {(~good).sum()} of {len(good)} {what} features are not {wanted}, the first at position '
-            f'{good.argmin()}; the encoder may have diverged or collapsed: probe an earlier checkpoint '
+            f'evaluation: {bad} of {count} {what} features are not {wanted}, the first at position '
+            f'{position}; the encoder may have diverged or collapsed: probe an earlier checkpoint '
             '(--config.checkpoint), or train again with a lower learning rate (--config.optim.base_lr)'
         )
 
 
-def extract(encode: Callable, params, batches: Iterator, mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 (n, D) and labels int32 (n,) of all valid examples, on every process.
+@partial(jax.jit, static_argnames='mesh')
+def _joined(banks, mesh):
+    """One Bank of several, batch after batch, where they lie."""
+    bank = jax.tree.map(lambda *parts: jnp.concatenate(parts), *banks)
+    return jax.lax.with_sharding_constraint(bank, NamedSharding(mesh, ROWS))
+
+
+def collect(encode: Callable, params, batches: Iterator, mesh) -> Bank:
+    """Features and labels of all examples, each on the device that encoded it.
 
     Args:
       encode: `(params, images) -> features`.
@@ -99,14 +138,15 @@ def extract(encode: Callable, params, batches: Iterator, mesh) -> tuple[np.ndarr
     Raises:
       UserError: if the examples have no labels.
     """
-    features, labels = [], []
+    parts = []
     for batch in batches:
         placed = parallel.put_batch(batch, mesh)
-        outputs = encode(params, placed['image']), placed['label'], placed['valid']
-        found, truth, valid = parallel.fetch(outputs)
-        features.append(found[valid])
-        labels.append(truth[valid])
-    labels = np.concatenate(labels)
-    if (labels < 0).any():
+        found = Bank(encode(params, placed['image']), placed['label'], placed['valid'])
+        parts.append(_joined([jax.tree.map(lambda a: a[None], found)], mesh))
+        jax.block_until_ready(parts[-2:-1])  # the images of two batches lie on the devices, not of all
+    while len(parts) > 1:
+        parts = [_joined(parts[i : i + JOINED], mesh) for i in range(0, len(parts), JOINED)]
+    (bank,) = parts
+    if ((bank.labels < 0) & bank.valid).any():
         raise UserError('evaluation: the data set has no feature "label", so probes cannot run on it')
-    return np.concatenate(features), labels
+    return bank

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of frozen features, batched on the device."""
+"""k-nearest-neighbour classification of frozen features, each device among the features that lie on it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,64 +6,69 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from mto_jax.evals import features
+from mto_jax.evals.features import Bank
 
-QUERIES = 256
-
-
-@partial(jax.jit, static_argnames=('ks', 'num_classes'))
-def _votes(train, labels, queries, temperature, ks, num_classes):
-    similarity = jnp.einsum('qd,nd->qn', queries, train, precision='highest')
-    top, index = jax.lax.top_k(similarity, max(ks))
-    weight = jnp.exp((top - top[:, :1]) / temperature)  # relative to the nearest, or low temperatures overflow
-    one_hot = jax.nn.one_hot(labels[index], num_classes) * weight[..., None]
-    votes = jnp.cumsum(one_hot, axis=1)
-    return jnp.stack([votes[:, k - 1].argmax(-1) for k in ks])
+(AXES,) = features.ROWS[1:]
 
 
-def normalized(x: np.ndarray, what: str) -> np.ndarray:
-    """Rows of length one, float32.
+def normalized(x: jax.Array) -> jax.Array:
+    """Float32 (..., D) with rows of length one."""
+    x = x / jnp.abs(x).max(-1, keepdims=True)  # else squares can overflow or vanish
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
-    Raises:
-      UserError: if a row, one of the `what` features, is zero or not finite.
-    """
-    x = np.asarray(x, np.float32)
-    features.require(features.usable(x), what, 'finite and non-zero')
-    x = x / np.abs(x).max(1, keepdims=True)  # else squares can overflow or vanish
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+@partial(jax.jit, static_argnames=('ks', 'num_classes', 'mesh'))
+def _right(bank, queries, temperature, ks, num_classes, mesh):
+    """How many queries are classified right, int32 (len(ks),); no k may be above the number of examples in the bank."""
+
+    def on_a_device(bank, queries, temperature):
+        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), bank.replace(x=normalized(bank.x)))
+
+        def right(batch):
+            each = jax.lax.all_gather(normalized(batch.x), AXES, tiled=True)
+            similarity = jnp.einsum('qd,nd->qn', each, rows.x, precision='highest')
+            similarity = jnp.where(rows.valid, similarity, -jnp.inf)
+            near, index = jax.lax.top_k(similarity, min(max(ks), len(rows.x)))
+            # Of all queries this device's candidates, against all devices' candidates of its own queries.
+            candidates = near, rows.labels[index]
+            near, labels = (jax.lax.all_to_all(c, AXES, 0, 1, tiled=True) for c in candidates)
+            near, index = jax.lax.top_k(near, max(ks))
+            labels = jnp.take_along_axis(labels, index, axis=1)
+            weight = jnp.exp((near - near[:, :1]) / temperature)  # relative to the nearest, or low ones overflow
+            votes = jnp.cumsum(jax.nn.one_hot(labels, num_classes) * weight[..., None], axis=1)
+            guesses = jnp.stack([votes[:, k - 1].argmax(-1) for k in ks])
+            return ((guesses == batch.labels) & batch.valid).sum(1)
+
+        return jax.lax.psum(jax.lax.map(right, queries).sum(0), AXES)
+
+    split, whole = features.ROWS, PartitionSpec()
+    return jax.shard_map(on_a_device, mesh=mesh, in_specs=(split, split, whole), out_specs=whole)(
+        bank, queries, temperature
+    )
 
 
 def accuracy(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    ks: Sequence[int],
-    temperature: float,
-    num_classes: int,
+    bank: Bank, queries: Bank, *, ks: Sequence[int], temperature: float, num_classes: int, mesh: Mesh
 ) -> dict[int, float]:
-    """Share of test examples classified right, for each k.
+    """Share of the queries classified right, for each k.
 
     Neighbours by cosine similarity s vote with weight exp(s / temperature) (Wu et al., arXiv 1805.01978, section 3.4).
+    The bank stays where it is: a batch of queries goes to every device, which finds the k nearest among its own rows,
+    and the k nearest of those vote.
 
     Args:
-      train, test: float (n, D) features.
-      train_labels, test_labels: int (n,).
+      bank, queries: training and test features, split over the same mesh.
       ks: numbers of neighbours; those above the number of training examples are cut to it.
+      mesh: over which they are split.
 
     Raises:
       UserError: if a feature vector is zero or not finite.
     """
-    cut = tuple(min(k, len(train)) for k in ks)
-    bank, labels = jnp.asarray(normalized(train, 'training')), jnp.asarray(train_labels)
-    queries = normalized(test, 'test')
-    right = np.zeros(len(ks))
-    for i in range(0, len(queries), QUERIES):
-        part = queries[i : i + QUERIES]
-        # One shape for all calls: the last is padded, and its padding not counted.
-        padded = np.pad(part, ((0, QUERIES - len(part)), (0, 0)))
-        guess = np.asarray(_votes(bank, labels, padded, temperature, cut, num_classes))[:, : len(part)]
-        right += (guess == test_labels[i : i + QUERIES]).sum(1)
-    return {k: float(r / len(queries)) for k, r in zip(ks, right, strict=True)}
+    for part, what in ((bank, 'training'), (queries, 'test')):
+        features.require(features.usable(part), part.valid, what, 'finite and non-zero')
+    examples, total = (int(part.valid.sum()) for part in (bank, queries))
+    right = np.asarray(_right(bank, queries, temperature, tuple(min(k, examples) for k in ks), num_classes, mesh))
+    return {k: float(r / total) for k, r in zip(ks, right, strict=True)}

@@ -60,7 +60,7 @@ def accuracy(
       UserError: if a feature vector is not finite.
     """
     for x, what in ((train, 'training'), (test, 'test')):
-        features.require(np.isfinite(x).all(1), what, 'finite')
+        features.require(np.isfinite(x).all(1), np.ones(len(x), bool), what, 'finite')
     mean, std = train.mean(0), train.std(0) + 1e-6
     x, y = jnp.asarray((train - mean) / std, jnp.float32), jnp.asarray(train_labels)
     held = np.zeros(len(train), bool)

@@ -16,15 +16,16 @@ def probe(encode: Callable, params, config, mesh, split: str, probes=frozen.PROB
 
     def examples(name, limit=0):
         batches = pipeline.eval_batches(sources.open_source(data, name), data, c.batch_size, limit, part)
-        return features.extract(encode, params, batches, mesh)
+        return features.collect(encode, params, batches, mesh)
 
-    arrays = (*examples(data.train_split, c.train_examples), *examples(split))
-    return frozen.accuracies(arrays, c, data.num_classes, probes)
+    train, test = examples(data.train_split, c.train_examples), examples(split)
+    return frozen.accuracies(train, test, c, data.num_classes, mesh, probes)
 
 
 def check(method: methods.Method, config, mesh, *splits: str) -> None:
     """Raises UserError where probes of the method on these splits cannot run: to be called before any work."""
     features.encoder(method, config)
+    features.item(method, config.eval)
     eval_part(config.eval.batch_size, mesh)
     for split in splits:
         sources.open_source(config.data, split)

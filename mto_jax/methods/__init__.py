@@ -148,11 +148,12 @@ class Method:
         return model_state
 
     def encode(
-        self, params: Any, images: jax.Array, *, depth: int | None = None, train: bool = False, key=None
+        self, params: Any, images: jax.Array, *, depth: vit.Depth = None, train: bool = False, key=None
     ) -> jax.Array:
         """Tokens (B, P + N, D) of full images; after `depth` blocks, or all and the final norm.
 
         Args:
+          depth: as for `vit.ViT`: a tuple of depths gives a tuple of tokens.
           train: apply drop path, with random numbers from `key`.
         """
         raise NotImplementedError  # pragma: no cover

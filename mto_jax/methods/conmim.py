@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from mto_jax import losses, masking, methods
 from mto_jax.data import augment
 from mto_jax.models import vit
+from mto_jax.models.layers import RUNNING_RATE, BatchNorm
 from mto_jax.runtime import parallel
-
-RUNNING_RATE = 0.1  # of the running statistics, as PyTorch's `momentum`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,43 +154,6 @@ class Projector(nn.Module):
             x, statistics[name] = BatchNorm(affine=inner, name=name)(dense(x), group)
             x = nn.relu(x) if inner else x
         return x, statistics
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation in training mode, over all tokens of each group of images, in float32.
-
-    Attributes:
-      affine: scale and shift the result.
-    """
-
-    affine: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, group: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x (B, T, D) with `group` dividing B, to float32 (B, T, D) and the moments (D,), means over the groups.
-
-        The variance among the moments is the unbiased one, as PyTorch's running variance is.
-        """
-        images, tokens, width = x.shape
-
-        def over_groups(values):
-            # Each image by itself first: where a group straddles devices, only (B, D) values travel between them.
-            return values.mean(1).reshape(-1, group, width).mean(1)
-
-        def to_images(moments):
-            spread = jnp.broadcast_to(moments[:, None], (images // group, group, width))
-            return spread.reshape(images, 1, width)
-
-        x = x.astype(jnp.float32)
-        mean = over_groups(x)
-        x = x - to_images(mean)
-        var = over_groups(jnp.square(x))
-        x = x * to_images(jax.lax.rsqrt(var + 1e-5))
-        if self.affine:
-            scale = self.param('scale', nn.initializers.ones, (width,))
-            x = x * scale + self.param('bias', nn.initializers.zeros, (width,))
-        count = group * tokens
-        return x, {'mean': mean.mean(0), 'var': var.mean(0) * (count / (count - 1))}
 
 
 def cosines(queries: jax.Array, keys: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Transformer layers. Parameters are float32; matrix products run in `dtype`; norms and softmax in float32."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mto_jax.attention import Attend, Conditioning, DotProduct
 
+RUNNING_RATE = 0.1  # of batch normalisation's running statistics, as PyTorch's `momentum`
 Dtype = Any
 Initializer = Callable[..., jax.Array]
 
@@ -41,6 +42,54 @@ def split_xavier(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> j
 def layer_norm(name: str) -> nn.LayerNorm:
     """LayerNorm with eps 1e-6, computed and returned in float32."""
     return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation in float32: over all tokens of each group of images, or with running statistics.
+
+    Attributes:
+      affine: scale and shift the result.
+      eps: added to the variance.
+    """
+
+    affine: bool
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, group: int, running: Mapping[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x (B, T, D), with `group` dividing B, to float32 (B, T, D) and its moments (D,), means over the groups.
+
+        The variance among the moments is the unbiased one, as PyTorch's running variance is.
+
+        Args:
+          running: moments to normalise with instead of x's own, which are then not taken.
+        """
+        images, tokens, width = x.shape
+
+        def over_groups(values):
+            # Each image by itself first: where a group straddles devices, only (B, D) values travel between them.
+            return values.mean(1).reshape(-1, group, width).mean(1)
+
+        def to_images(moments):
+            spread = jnp.broadcast_to(moments[:, None], (images // group, group, width))
+            return spread.reshape(images, 1, width)
+
+        x, moments = x.astype(jnp.float32), {}
+        if running is not None:
+            x = (x - running['mean']) * jax.lax.rsqrt(running['var'] + self.eps)
+        else:
+            mean = over_groups(x)
+            x = x - to_images(mean)
+            var = over_groups(jnp.square(x))
+            x = x * to_images(jax.lax.rsqrt(var + self.eps))
+            count = group * tokens
+            moments = {'mean': mean.mean(0), 'var': var.mean(0) * (count / max(count - 1, 1))}
+        if self.affine:
+            scale = self.param('scale', nn.initializers.ones, (width,))
+            x = x * scale + self.param('bias', nn.initializers.zeros, (width,))
+        return x, moments
 
 
 class DropPath(nn.Module):

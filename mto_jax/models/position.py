@@ -1,5 +1,8 @@
-"""Position information: fixed sine-cosine embeddings and relative position indices, for any grid."""
+"""Position information for any grid: fixed sine-cosine embeddings, relative position indices, and what is learned
+brought from one grid to another."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -53,3 +56,26 @@ def relative_index(grid: tuple[int, int], num_prefix: int) -> np.ndarray:
     index = np.pad(index, ((1, 0), (1, 0)))
     index[0, :], index[:, 0], index[0, 0] = last - 3, last - 2, last - 1
     return index.astype(np.int32)
+
+
+def resize_learned(table: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
+    """Learned positions (1, P + h * w, D) of the grid `old` for the grid `new`; prefix tokens keep theirs.
+
+    Bicubic with antialiasing, as timm's `resample_abs_pos_embed` has it.
+    """
+    split = table.shape[1] - old[0] * old[1]
+    patches = table[:, split:].reshape(1, *old, -1)
+    patches = jax.image.resize(patches, (1, *new, patches.shape[-1]), 'cubic')
+    return jnp.concatenate([table[:, :split], patches.reshape(1, new[0] * new[1], -1)], axis=1)
+
+
+def resize_relative(table: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
+    """A relative-position table (rows, heads) of the grid `old` for the grid `new`; the class token's rows stay.
+
+    Bicubic with antialiasing over the offsets of rows and columns; the offset (0, 0) stays in the middle.
+    """
+    sizes = [(2 * h - 1, 2 * w - 1) for h, w in (old, new)]
+    rows = sizes[0][0] * sizes[0][1]
+    offsets = table[:rows].reshape(*sizes[0], -1)
+    offsets = jax.image.resize(offsets, (*sizes[1], offsets.shape[-1]), 'cubic')
+    return jnp.concatenate([offsets.reshape(sizes[1][0] * sizes[1][1], -1), table[rows:]])

@@ -131,12 +131,15 @@ class Architecture:
         return nn.initializers.normal(1e-6) if self.init == 'bootmae' else self.mask_token_init
 
 
+Depth = int | None | tuple[int | None, ...]
+
+
 @flax.struct.dataclass
 class Encoded:
     """Output of a stack or an encoder.
 
     Attributes:
-      tokens: (B, P + N, D), prefix tokens first.
+      tokens: (B, P + N, D), prefix tokens first; of several depths, a tuple of such.
       stats: by block index, the statistics of each block whose `attend` returns any.
       taps: by block index, the output (B, P + N, D) of the chosen blocks.
       embedded: (B, N, D) patch tokens, mask tokens in place, before positions; None where nothing is masked.
@@ -163,20 +166,23 @@ class Transformer(nn.Module):
     taps: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, x: jax.Array, seen: Conditioning, *, train: bool = False, depth: int | None = None) -> Encoded:
+    def __call__(self, x: jax.Array, seen: Conditioning, *, train: bool = False, depth: Depth = None) -> Encoded:
         """Apply the blocks to x (B, P + N, D).
 
         Args:
           seen: what all blocks see; its `tokens` are for the first.
           train: apply drop path.
-          depth: apply the first blocks only.
+          depth: apply the first blocks only; several numbers, for the tokens after each.
         """
         a, stats, taps = self.arch, {}, {}
         x = x.astype(a.residual_dtype or a.dtype)
+        several = isinstance(depth, tuple)
+        after = [a.depth if d is None else d for d in (depth if several else (depth,))]
+        found = {0: x}
         plain = DotProduct(a.attention)
         attends = (self.attends if seen.masked is not None else None) or (None,) * a.depth
         block_class = nn.remat(Block, static_argnums=(3,)) if a.remat else Block
-        for i in range(a.depth if depth is None else depth):
+        for i in range(max(after)):
             block = block_class(
                 heads=a.heads,
                 mlp_ratio=a.mlp_ratio,
@@ -198,7 +204,10 @@ class Transformer(nn.Module):
                 stats[i] = read
             if i in self.taps:
                 taps[i] = x
-        return Encoded(x, stats, taps)
+            if i + 1 in after:
+                found[i + 1] = x
+        tokens = tuple(found[n] for n in after)
+        return Encoded(tokens if several else tokens[0], stats, taps)
 
 
 class ViT(nn.Module):
@@ -220,7 +229,7 @@ class ViT(nn.Module):
         ids_keep: jax.Array | None = None,
         mask: jax.Array | None = None,
         train: bool = False,
-        depth: int | None = None,
+        depth: Depth = None,
     ) -> Encoded:
         """Encode images (B, H, W, C), normalised floats.
 
@@ -228,7 +237,8 @@ class ViT(nn.Module):
           ids_keep: int (B, K), the patches to encode (MAE).
           mask: bool (B, N), the patches that a mask token stands for (SimMIM); creates that parameter.
           train: apply drop path.
-          depth: stop after this many blocks, without the final norm; None for all blocks and the norm.
+          depth: stop after this many blocks, without the final norm; None for all blocks and the norm; a tuple of such
+            for the tokens of each in one pass.
 
         Raises:
           ValueError: where the images are not of the size the encoder was built for.
@@ -268,9 +278,26 @@ class ViT(nn.Module):
         if mask is not None:
             seen = seen.replace(masked=prefix_false(mask, a.num_prefix), tokens=prepend(cls, embedded))
         out = Transformer(a, self.attends, self.taps, name='blocks')(x, seen, train=train, depth=depth)
-        if depth is None:
-            out = out.replace(tokens=layer_norm('norm')(out.tokens).astype(a.dtype))
-        return out.replace(embedded=embedded if mask is not None else None)
+        norm = layer_norm('norm')  # has parameters only where it is applied
+
+        def finished(x, depth):
+            return norm(x).astype(a.dtype) if depth is None else x
+
+        several = isinstance(depth, tuple)
+        tokens = tuple(map(finished, out.tokens, depth)) if several else finished(out.tokens, depth)
+        return out.replace(tokens=tokens, embedded=embedded if mask is not None else None)
+
+
+def resized(params: Mapping[str, Any], old: Architecture, new: Architecture) -> Mapping[str, Any]:
+    """An encoder's parameters for images of another size: what is learned per position is interpolated."""
+    if old.grid == new.grid:
+        return params
+    out = dict(params)
+    if 'pos_embed' in params:
+        out['pos_embed'] = position.resize_learned(params['pos_embed'], old.grid, new.grid)
+    if 'relative_bias_table' in params:
+        out['relative_bias_table'] = position.resize_relative(params['relative_bias_table'], old.grid, new.grid)
+    return out
 
 
 def mask_token(module: nn.Module) -> jax.Array:

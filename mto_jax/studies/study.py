@@ -84,7 +84,9 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     for setup in {fingerprint(s): s for *_, s in jobs}.values():
         # A bad variant stops here, not hours later.
         feed.require_whole(setup, train[0])
-        features.encoder(job.prepare(setup, len(train[0])).objective.method, setup)
+        method = job.prepare(setup, len(train[0])).objective.method
+        features.encoder(method, setup)
+        features.item(method, setup.eval)
         if setup.finetune.epochs:
             finetune.steps(setup.finetune, len(train[0]))
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
@@ -223,13 +225,13 @@ def _evaluator(training, config, train, test):
     shown, key = test[0][order.subset(len(test[0]), 2000)], train_state.stream(0, 'diagnose')
 
     def evaluate(state, last):
-        arrays = []
+        banks = []
         for examples in ((train[0][part], train[1][part]), test):
             batches = memory.batches(*examples, config.eval.batch_size)
-            arrays += features.extract(encode, features.weights(state, config.eval), batches, mesh)
-        if not all(features.usable(x).all() for x in arrays[::2]):
+            banks.append(features.collect(encode, features.weights(state, config.eval), batches, mesh))
+        if not all(features.usable(bank).all() for bank in banks):
             return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan')) | {'het': None}
-        found = frozen.accuracies(arrays, config.eval, config.data.num_classes)
+        found = frozen.accuracies(*banks, config.eval, config.data.num_classes, mesh)
         seen = jax.device_get(diagnose(state, shown, key))
         het = [v for name, values in seen['blocks'].items() if name.split('.')[0] == 'het' for v in values]
         return {

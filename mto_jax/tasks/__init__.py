@@ -7,23 +7,26 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax.analysis import report
+from mto_jax.config import EVALUATIONS
 from mto_jax.config import check as check_fields
 from mto_jax.data import check
 from mto_jax.errors import UserError
 from mto_jax.runtime import hosts
-from mto_jax.tasks import compare, pretrain, probe
+from mto_jax.tasks import compare, pretrain, pretrained, probe, supervised
 
 TASKS: dict[str, Callable[[ConfigDict, epath.Path], object]] = {
     'pretrain': pretrain.run,
     'knn': probe.run,
     'linear': probe.run,
+    'probe': supervised.run,
+    'finetune': supervised.run,
     'compare': compare.run,
     'check': check.run,
     'report': report.run,
 }
 
 
-PARTIAL = ('knn', 'linear', 'check')  # may leave fields to the checkpoint's config
+PARTIAL = (*EVALUATIONS, 'check')  # may leave fields to the checkpoint's config
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> object:
@@ -39,6 +42,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     hosts.start(config.hosts)
     if config.task == 'check' and config.method is None:  # an evaluation's --check: of the data it would read
-        config = probe.recorded(config)
+        config = pretrained.find(config).config
         config.data.val_split = config.data.test_split
     return TASKS[config.task](config, epath.Path(workdir))

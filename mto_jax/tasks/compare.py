@@ -27,8 +27,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
       UserError: for a bad config or missing data, before anything is probed or trained, and as `pretrain.run`.
     """
     for enabled in (False, True):
-        mesh, *_, training = pretrain.check(_setup(config, config.compare.seeds[0], enabled))
-        probes.check(training.objective.method, config, mesh, config.data.test_split)
+        plan = pretrain.plan(_setup(config, config.compare.seeds[0], enabled))
+        probes.check(plan.job.objective.method, config, plan.mesh, config.data.test_split)
+    mesh = plan.mesh
     workdir = epath.Path(workdir)
     results: dict[str, list[dict[str, float]]] = {}
     folders = []

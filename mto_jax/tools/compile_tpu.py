@@ -2,6 +2,7 @@
 
     python -m mto_jax.tools.compile_tpu --config=configs/mae_mto.py:vit_l --topology=v5e:16x16 [--per_chip_batch=16,32]
 
+Fine-tunings and probes that are trained work too; without `--config.checkpoint` they are of configs/mae.py's encoder.
 Needs `libtpu` (requirements-tpu.txt), no hardware. Prints, for each batch, whether it fits, the bytes on a chip, the
 collectives, and an estimate of the step's time from the compiler's own cycle counts, which leave out what collectives
 cost where they do not overlap. All are the compiler's estimates, not measurements.
@@ -14,13 +15,14 @@ import re
 import time
 
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from mto_jax import cli
+from mto_jax import cli, methods
+from mto_jax.config import EVALUATIONS, get_config
 from mto_jax.errors import UserError
 from mto_jax.runtime import parallel
+from mto_jax.tasks import pretrained, supervised
 from mto_jax.tools import perf
 from mto_jax.training import job
 from mto_jax.training.train_state import Meter
@@ -101,11 +103,9 @@ def _prepare_libtpu() -> None:
 
 def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     """Compile the step of `config` on a mesh of described devices; {what: text}."""
-    training = job.prepare(config, IMAGENET)
-    state = training.shapes
+    training = _prepared(config)
+    state, batch = training.shapes, training.batch(config.batch_size)
     shardings = training.sharding(mesh)
-    shape = (config.batch_size, *config.data.image_size, config.data.channels)
-    batch = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}
     meter = jax.eval_shape(lambda: Meter.empty(training.names))
     key = jax.eval_shape(lambda: jax.random.key(0))
     begun = time.perf_counter()
@@ -143,6 +143,18 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
         f'{config.batch_size / seconds:.0f} images/s, {least / seconds:.0%} MFU',
         'compiled in': f'{time.perf_counter() - begun:.0f} s',
     }
+
+
+def _prepared(config) -> job.Job:
+    """The training of `config`; one that starts from a checkpoint needs none here: without, it is of an MAE ViT-B."""
+    if config.task not in EVALUATIONS:
+        return job.prepare(config, IMAGENET)
+    if config.checkpoint:
+        start = pretrained.find(config)
+    else:
+        c = pretrained.merged(get_config().to_dict(), config)
+        start = pretrained.Pretrained(c, methods.build(c), methods.build(c))
+    return supervised.prepare(start, jax.eval_shape(start.fresh, jax.random.key(0)), IMAGENET)
 
 
 def _reason(error: str) -> str:

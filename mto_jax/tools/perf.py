@@ -17,18 +17,19 @@ def matmul_flops(fn: Callable, *args) -> int:
 
 
 def train_flops(job, images: int) -> float:
-    """FLOPs an image of forward and backward pass, of matrix products: three times the forward pass.
+    """FLOPs an image of forward and backward pass, of matrix products: three times the forward pass, or where a part is
+    frozen what both really take.
 
     Args:
       job: a `job.Job`.
       images: of the batch it is traced with.
     """
-    a = job.objective.method.arch
     state = job.shapes
-    batch = {'image': jax.ShapeDtypeStruct((images, *a.image_size, a.channels), 'uint8')}
     key = jax.eval_shape(lambda: jax.random.key(0))
     objective, clock = job.objective, job.clock(state.step)
-    arguments = state.params, state.model_state, objective.constants, batch, key, clock
+    arguments = state.params, state.model_state, objective.constants, job.batch(images), key, clock
+    if objective.constants:
+        return matmul_flops(jax.grad(objective.loss, has_aux=True), *arguments) / images
     return 3 * matmul_flops(objective.loss, *arguments) / images
 
 

@@ -31,6 +31,7 @@ class Job:
       schedule: its learning rate.
       per_epoch, total: steps per epoch and of the full training.
       clock: of a step: where the training stands before that update.
+      microbatch: shapes of what it reads, {name: jax.ShapeDtypeStruct}.
       names: of the terms that each step logs.
       train_step: the pure step.
     """
@@ -41,12 +42,17 @@ class Job:
     per_epoch: int
     total: int
     clock: Callable[[jax.Array], Clock]
+    microbatch: Mapping[str, jax.ShapeDtypeStruct]
     names: tuple[str, ...]
     train_step: Callable[..., tuple[TrainState, Meter]]
 
     def create(self, seed) -> TrainState:
         """The state before the first step. Pure: to be jitted, with the shardings it shall have."""
         return train_state.create(self.objective, self.tx, train_state.stream(seed, 'init'))
+
+    def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of so many examples."""
+        return {n: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype) for n, s in self.microbatch.items()}
 
     @cached_property
     def shapes(self) -> TrainState:
@@ -94,11 +100,11 @@ def assemble(
       UserError: for a schedule that does not fit the training.
     """
     schedule = schedules.learning_rate(optimizer, batch_size, total, per_epoch)
-    tx = optim.adamw(optimizer, schedule)
+    tx = optim.build(optimizer, schedule)
     clock = partial(Clock, total=total, steps_per_epoch=per_epoch)
     names = train_state.term_names(objective, shapes, clock(jax.ShapeDtypeStruct((), np.int32)))
     step = train_state.make_train_step(objective, tx, schedule, clock, accumulate)
-    return Job(objective, tx, schedule, per_epoch, total, clock, names, step)
+    return Job(objective, tx, schedule, per_epoch, total, clock, shapes, names, step)
 
 
 def prepare(config, num_examples: int) -> Job:

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with a decay mask, layer-wise rates, and clipping.
+"""The optimizers: AdamW with a decay mask, layer-wise rates and clipping; and LARS for linear probes.
 
 What differs between parameters stands in two tables of (pattern, value). A pattern is a regular expression for the full
 path of a parameter ('encoder/blocks/block0/attn/proj/kernel'); the first that matches counts.
@@ -51,6 +51,11 @@ def _first(table, path, default):
     return next((value for pattern, value in table if re.fullmatch(pattern, name)), default)
 
 
+def build(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer that `config.optim`, or a group like it, names."""
+    return lars(optim, schedule) if optim.name == 'lars' else adamw(optim, schedule)
+
+
 def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW as `config.optim` has it: behind clipping by the global norm where `clip_norm` is positive, and with the
     rates of `layer_scales` where `layer_decay` is not 1.
@@ -72,3 +77,22 @@ def adamw(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
             lambda updates, params: jax.tree.map(lambda u, s: u * s, updates, layer_scales(params, optim.layer_decay))
         )
     return optax.chain(clip, tx, by_layer)
+
+
+def lars(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """LARS (arXiv 1708.03888) as MAE's linear probe has it (facebookresearch/mae, util/lars.py), with momentum `b1`.
+
+    The rate of each matrix is `trust_coefficient` times its norm over that of its gradient; vectors have neither that
+    nor weight decay. The learning rate multiplies what leaves the momentum.
+    """
+
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
+        optax.add_decayed_weights(optim.weight_decay, matrices),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=optim.trust_coefficient), matrices),
+        optax.trace(optim.b1),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -5,9 +5,11 @@
 3. `config.init_from`: the weights in another run's checkpoint (and what its method keeps beside them, a teacher), at
    step 0 with a fresh optimizer.
 4. Fresh weights.
+
+What 3 and 4 are is the task's: a fine-tuning begins with the encoder of the checkpoint that it evaluates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,7 @@ from mto_jax.training.train_state import TrainState
 
 
 def begin(
-    config: ConfigDict, job: Job, sharding: Any, saver: Checkpointer
+    config: ConfigDict, job: Job, sharding: Any, saver: Checkpointer, scratch: Callable[[Any], TrainState]
 ) -> tuple[TrainState, Mapping[str, Any] | None]:
     """The state to go on from, placed as `sharding` (a tree like it) says, and what the run that saved it depended on
     (`Checkpointer.about`; None where nothing was saved).
@@ -33,6 +35,7 @@ def begin(
       config: of the run.
       job: the training.
       saver: of the run's own checkpoints.
+      scratch: of `sharding`, the state before the first step.
 
     Raises:
       UserError: for a checkpoint that is missing, damaged, of another model or config, or that leaves no step to take.
@@ -44,8 +47,13 @@ def begin(
         return state, saver.about(int(state.step))
     if config.resume_from:
         return _resumed(config, abstract, job.total)
+    return scratch(sharding), None
+
+
+def fresh(config: ConfigDict, job: Job, sharding: Any) -> TrainState:
+    """The state before a pre-training's first step: the job's own, with the weights that `config.init_from` names."""
     state = jax.jit(partial(job.create, config.seed), out_shardings=sharding)()
-    return initialised(config.init_from, state) if config.init_from else state, None
+    return initialised(config.init_from, state) if config.init_from else state
 
 
 def initialised(path: str, state: TrainState) -> TrainState:

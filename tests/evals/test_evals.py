@@ -1,6 +1,8 @@
 """Probes against independent forms, and evaluations of a checkpoint."""
 
 import importlib
+import itertools
+import math
 import re
 import sys
 import warnings
@@ -18,17 +20,29 @@ from configs import base
 from mto_jax import methods, tasks
 from mto_jax.data import memory
 from mto_jax.errors import UserError
-from mto_jax.evals import features, knn, logistic
+from mto_jax.evals import features, frozen, knn, logistic
+from mto_jax.runtime import parallel
 from mto_jax.studies import finetune
-from mto_jax.tasks import pretrain, probe
+from mto_jax.tasks import pretrain, pretrained
 from mto_jax.training import checkpoint, feed, optim
 from tests.conftest import shrink
 
 
-def clusters(rng, n, classes=4, dim=6):
+def clusters(rng, n, classes=4, dim=6, noise=1):
     centres = np.random.default_rng(3).normal(size=(classes, dim)) * 2
     y = rng.integers(0, classes, n)
-    return (centres[y] + rng.normal(size=(n, dim))).astype(np.float32), y.astype(np.int32)
+    return (centres[y] + noise * rng.normal(size=(n, dim))).astype(np.float32), y.astype(np.int32)
+
+
+def bank(x, labels, mesh, size=64):
+    """Features that are there already, float32 (n, D), in batches of `size`."""
+    return features.collect(lambda params, found: found, None, memory.batches(x, labels, size), mesh)
+
+
+def knn_accuracy(x, y, q, t, *, axes=(1, 1, 1), size=64, **options):
+    """`knn.accuracy` of arrays, split over a mesh."""
+    mesh = parallel.make_mesh(*axes)
+    return knn.accuracy(bank(x, y, mesh, size), bank(q, t, mesh, size), mesh=mesh, **options)
 
 
 def np_knn(train, labels, test, k, temperature, classes):
@@ -45,7 +59,7 @@ def np_knn(train, labels, test, k, temperature, classes):
 
 def test_knn_against_numpy(rng):
     (x, y), (q, t) = clusters(rng, 200), clusters(rng, 301)
-    got = knn.accuracy(x, y, q, t, ks=(1, 5, 20, 999), temperature=0.07, num_classes=4)
+    got = knn_accuracy(x, y, q, t, ks=(1, 5, 20, 999), temperature=0.07, num_classes=4)
     for k in (1, 5, 20, 200):
         want = (np_knn(x.astype(float), y, q.astype(float), k, 0.07, 4) == t).mean()
         assert got[k if k < 200 else 999] == pytest.approx(want, abs=2 / 301)
@@ -55,7 +69,7 @@ def test_knn_against_numpy(rng):
 def test_knn_at_low_temperatures(rng, temperature):
     """Below 0.0113, exp(1 / temperature) is more than a float32 holds."""
     (x, y), (q, t) = clusters(rng, 200), clusters(rng, 300)
-    got = knn.accuracy(x, y, q, t, ks=(20,), temperature=temperature, num_classes=4)
+    got = knn_accuracy(x, y, q, t, ks=(20,), temperature=temperature, num_classes=4)
     want = (np_knn(x.astype(float), y, q.astype(float), 20, temperature, 4) == t).mean()
     assert got[20] == pytest.approx(want, abs=2 / 300)
 
@@ -64,8 +78,8 @@ def test_knn_at_low_temperatures(rng, temperature):
 def test_knn_depends_on_no_scale(rng, scale):
     (x, y), (q, t) = clusters(rng, 200), clusters(rng, 300)
     options = {'ks': (5,), 'temperature': 0.07, 'num_classes': 4}
-    want = knn.accuracy(x, y, q, t, **options)[5]
-    scaled = knn.accuracy(x * np.float32(scale), y, q * np.float32(scale), t, **options)[5]
+    want = knn_accuracy(x, y, q, t, **options)[5]
+    scaled = knn_accuracy(x * np.float32(scale), y, q * np.float32(scale), t, **options)[5]
     assert scaled == pytest.approx(want, abs=2 / 300)
 
 
@@ -76,13 +90,111 @@ def test_features_without_direction_are_an_error(rng, value, which):
     (x, y), (q, t) = clusters(rng, 50), clusters(rng, 60)
     (x if which == 'training' else q)[7, : None if value == 0 else 2] = value
     with pytest.raises(UserError, match=rf'1 of {50 if which == "training" else 60} {which} .* position 7'):
-        knn.accuracy(x, y, q, t, ks=(5,), temperature=0.07, num_classes=4)
+        knn_accuracy(x, y, q, t, ks=(5,), temperature=0.07, num_classes=4)
     options = {'l2': (1e-2,), 'steps': 20, 'num_classes': 4}
     if value == 0:
         assert logistic.accuracy(x, y, q, t, **options)[0] > 0.5
         return
     with pytest.raises(UserError, match=rf'{which} features are not finite, the first at position 7'):
         logistic.accuracy(x, y, q, t, **options)
+
+
+# With 'tensor' several devices hold the same rows.
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
+
+
+@pytest.mark.parametrize('axes', MESHES)
+def test_knn_on_any_mesh_against_numpy(rng, axes):
+    """Guess by guess; the last batch is partly padding, and k may be above the 30 rows of a device, and above all."""
+    (x, y), (q, _) = clusters(rng, 203, noise=4), clusters(rng, 90, noise=4)
+    guesses = []
+    for k in (1, 20, 50, 999):
+        guesses.append(np_knn(x.astype(float), y, q.astype(float), k, 1.0, 4))
+        got = knn_accuracy(x, y, q, guesses[-1], axes=axes, size=40, ks=(k,), temperature=1.0, num_classes=4)
+        assert got[k] >= 1 - 1 / 90
+    assert all((a != b).any() for a, b in itertools.pairwise(guesses))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize('axes', MESHES[:3])
+def test_knn_against_scikit_learn(rng, axes):
+    neighbors = pytest.importorskip(
+        'sklearn.neighbors', reason='scikit-learn is not installed (requirements-peers.txt)'
+    )
+    (x, y), (q, _) = clusters(rng, 203, noise=4), clusters(rng, 90, noise=4)
+    for k in (1, 20, 50):
+        peer = neighbors.KNeighborsClassifier(k, metric='cosine', weights=lambda d: np.exp(1 - d))
+        want = peer.fit(x.astype(float), y).predict(q.astype(float))
+        got = knn_accuracy(x, y, q, want, axes=axes, size=40, ks=(k,), temperature=1.0, num_classes=4)
+        assert got[k] >= 1 - 1 / 90
+
+
+def test_rows_that_are_no_examples_do_not_count(rng):
+    """Wherever they lie and whatever they hold: as if they were not there, and positions are those of examples."""
+    mesh = parallel.make_mesh(8)
+    options = {'ks': (1, 20, 999), 'temperature': 0.07, 'num_classes': 4, 'mesh': mesh}
+    (x, y), (q, t) = clusters(rng, 203, noise=4), clusters(rng, 90, noise=4)
+    train, test = bank(x, y, mesh, 40), bank(q, t, mesh, 40)
+    gone = jnp.asarray(rng.random(train.valid.shape) < 0.3).at[0, 0].set(True)
+    other = train.replace(
+        x=jnp.where(gone[..., None], np.nan, train.x),
+        labels=jnp.where(gone, -1, train.labels),
+        valid=train.valid & ~gone,
+    )
+    kept = other.fetch()
+    np.testing.assert_array_equal(kept[0], x[~np.asarray(gone).reshape(-1)[:203]])
+    want = knn.accuracy(bank(*kept, mesh, 40), test, **options)
+    assert knn.accuracy(other, test, **options) == pytest.approx(want, abs=1 / 90)
+    assert knn.accuracy(test, other, **options).keys() == want.keys()
+    last = int(np.flatnonzero(~np.asarray(gone).reshape(-1)[:203])[-1])
+    zero = other.replace(x=other.x.at[last // 40, last % 40].set(0))
+    with pytest.raises(UserError, match=rf'1 of {len(kept[1])} training .* position {len(kept[1]) - 1};'):
+        knn.accuracy(zero, test, **options)
+
+
+COLLECTIVE = r'= (.*?) (?:all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\('
+
+
+def moved(compiled):
+    """The number of elements in each array that a program moves between devices."""
+    shapes = [re.findall(r'\w+\[([\d,]*)\]', found) for found in re.findall(COLLECTIVE, compiled.as_text())]
+    return [math.prod(int(n) for n in shape.split(',') if n) for found in shapes for shape in found]
+
+
+@pytest.mark.parametrize('axes', MESHES[1:3])
+def test_the_bank_stays_where_it_was_encoded(rng, axes, monkeypatch):
+    """Every device holds its rows alone. Queries and candidates are moved, a batch at a time."""
+    mesh = parallel.make_mesh(*axes)
+    monkeypatch.setattr(features, 'JOINED', 4)
+    (x, y), (q, t) = clusters(rng, 1000, dim=32), clusters(rng, 64, dim=32)
+    train, test = bank(x, y, mesh, 40), bank(q, t, mesh, 16)
+    assert train.x.shape == (25, 40, 32)
+    for got, want in zip(train.fetch(), (x, y), strict=True):
+        np.testing.assert_array_equal(got, want)
+    for a in jax.tree.leaves(train):
+        assert a.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, features.ROWS), a.ndim)
+        assert {s.data.shape[:2] for s in a.addressable_shards} == {(25, 5)}
+    part = jax.tree.map(lambda a: a[:1], train)
+    assert not moved(features._joined.lower([part] * 3, mesh).compile())
+    right = knn._right.lower(train, test, 0.07, ks=(1, 20), num_classes=4, mesh=mesh).compile()
+    assert max(moved(right)) <= 16 * 32
+    assert moved(right).count(16 * 32) == 1
+
+
+def test_knn_fetches_no_features(config, rng, monkeypatch):
+    (x, y), (q, t) = clusters(rng, 50), clusters(rng, 60)
+    mesh = parallel.make_mesh(2)
+
+    def reached(*_):
+        raise AssertionError('they were fetched')
+
+    monkeypatch.setattr(parallel, 'fetch', reached)
+    banks = bank(x, y, mesh), bank(q, t, mesh)
+    assert frozen.accuracies(*banks, config.eval, 4, mesh, ('knn',))['knn_5'] > 0.5
+    with pytest.raises(UserError, match='num_classes is 3, but the labels go up to 3'):
+        frozen.accuracies(*banks, config.eval, 3, mesh, ('knn',))
+    with pytest.raises(AssertionError, match='they were fetched'):
+        frozen.accuracies(*banks, config.eval, 4, mesh, ('linear',))
 
 
 def test_raw_pixels_of_a_black_image_have_a_direction(rng):
@@ -140,10 +252,8 @@ def test_penalty_is_chosen_on_all_classes(order, monkeypatch):
 
 def test_labels_are_required():
     batch = {'image': np.zeros((2, 4, 4, 1), np.uint8), 'label': np.array([-1, -1]), 'valid': np.array([True, True])}
-    from mto_jax.runtime import parallel
-
     with pytest.raises(UserError, match='label'):
-        features.extract(features.raw_pixels, None, iter([batch]), parallel.make_mesh(1))
+        features.collect(features.raw_pixels, None, iter([batch]), parallel.make_mesh(1))
 
 
 def test_features_are_those_of_the_tokens(config, rng):
@@ -247,7 +357,7 @@ def test_bad_evaluations_stop_before_any_work(trained, tmp_path, monkeypatch, ta
         raise AssertionError('it began to work')
 
     monkeypatch.setattr(checkpoint.Checkpointer, 'restore_item', reached)
-    monkeypatch.setattr(features, 'extract', reached)
+    monkeypatch.setattr(features, 'collect', reached)
     config = evaluation(trained, task, **({'mesh.data': 2} | {field: value}))
     with pytest.raises(UserError, match=word):
         tasks.run(config, tmp_path / 'w')
@@ -282,6 +392,14 @@ def test_evaluations_read_the_split_they_are_given(trained, tmp_path, surface):
     assert recorded['knn_1'] < 0.9
 
 
+def test_the_best_of_several_depths_is_named(trained, tmp_path):
+    """Each as it is found alone."""
+    alone = {d: tasks.run(evaluation(trained, **{'eval.depth': d}), tmp_path / str(d)) for d in (0, 1)}
+    found = tasks.run(evaluation(trained, **{'eval.depths': (1, 0)}), tmp_path / 'both')
+    assert all(found[f'knn_20_depth{d}'] == alone[d]['knn_20'] for d in (0, 1))
+    assert found['knn_20'] == max(a['knn_20'] for a in alone.values()) == alone[found['best_depth']]['knn_20']
+
+
 def test_a_default_that_is_given_counts(trained, tmp_path):
     """The default test split of the schema, which these data do not have."""
     with pytest.raises(UserError, match="no split 'validation'"):
@@ -293,7 +411,7 @@ def test_a_default_that_is_given_counts(trained, tmp_path):
     [
         ('model.size', 'ti'),
         ('model.depth', 2),
-        ('data.image_size', (32, 32)),
+        ('data.channels', 3),
         ('data.mean', (0.5,)),
         ('epochs', 3.0),
         ('mto.enabled', True),
@@ -309,10 +427,10 @@ def test_evaluations_refuse_other_fields(trained, tmp_path, field, value):
     assert not (tmp_path / 'w').exists()
     full = short_pretraining()
     full.task, full.checkpoint = 'knn', str(trained)
-    assert probe.recorded(full).task == 'knn'
+    assert pretrained.find(full).config.task == 'knn'
     full.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=re.escape(field)):
-        probe.recorded(full)
+        pretrained.find(full)
 
 
 def test_bad_values_of_evaluations_are_named(trained, tmp_path):

@@ -1,5 +1,6 @@
 """Several hosts: how they find each other, and real runs of two processes."""
 
+import json
 import os
 import re
 import shutil
@@ -16,9 +17,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, finetune, knn, linear_lars
+from mto_jax import tasks
 from mto_jax.errors import UserError
 from mto_jax.runtime import hosts, parallel
+from mto_jax.tasks import pretrain
 from mto_jax.training import checkpoint, job
 from tests.conftest import QUICK, shrink
 
@@ -146,11 +149,11 @@ FIELDS = {
 }
 
 
-def launch(workdir, count, devices=2, port=None, different=None, only=None, **fields):
+def launch(workdir, count, devices=2, port=None, different=None, only=None, config='quickstart', own=FIELDS, **fields):
     """Start `count` processes (or only those listed) of one training; returns them, with their output in files."""
     port, processes = port or free_port(), []
     for i in range(count) if only is None else only:
-        settings = FIELDS | {k.replace('__', '.'): v for k, v in fields.items()}
+        settings = own | {k.replace('__', '.'): v for k, v in fields.items()}
         settings |= {'hosts.coordinator': f'localhost:{port}', 'hosts.count': count, 'hosts.index': i}
         settings |= (different or {}).get(i, {})
         args = [f'--config.{k}={v}' for k, v in settings.items()]
@@ -161,7 +164,7 @@ def launch(workdir, count, devices=2, port=None, different=None, only=None, **fi
             'JAX_COMPILATION_CACHE_DIR': str(Path(workdir).parent / 'xla'),
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         }
-        command = [sys.executable, 'main.py', '--config=configs/quickstart.py', f'--workdir={workdir}', *args]
+        command = [sys.executable, 'main.py', f'--config=configs/{config}.py', f'--workdir={workdir}', *args]
         with open(f'{workdir}.{i}.log', 'w') as log:
             processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, text=True))
     return processes
@@ -204,6 +207,9 @@ def test_two_processes_train_as_one_and_hand_over(tmp_path):
     assert finish(launch(one, 1, devices=4)) == [0]
     assert finish(launch(two, 2)) == [0, 0], output(two)
     assert largest_difference(restored(one, 8), restored(two, 8)) < 1e-5
+    accuracies = [np.array(re.findall(r' knn_\d+ ([\d.]+)', output(folder)), float) for folder in (one, two)]
+    assert len(accuracies[0]) == 8
+    np.testing.assert_allclose(*accuracies, atol=1.5 / 60)
     assert 'validation' in output(two, 0)
     assert 'validation' not in output(two, 1)
 
@@ -235,6 +241,43 @@ def test_two_processes_with_a_teacher_train_as_one(tmp_path, method, fields):
     assert finish(launch(two, 2, **fields)) == [0, 0], output(two)
     states = (restored(folder, 8, method) for folder in (one, two))
     assert largest_difference(*states) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path):
+    """Fine-tuning, a probe and kNN of one checkpoint: what four devices of one process find, and no example twice."""
+    c = shrink(base.get_config())
+    c.model.dtype, c.epochs, c.optim.warmup_epochs = 'float32', 0.5, 0.0
+    pretrain.run(c, tmp_path / 'run')
+    short = {
+        'data.val_split': 'train[130:190]',
+        'data.randaugment': '',
+        'batch_size': 32,
+        'epochs': 2.0,
+        'optim.warmup_epochs': 0.5,
+        'optim.eps': 1e-3,
+        'model.dtype': 'float32',
+        'allow_cpu': True,
+    }
+    tasks_of = {
+        'finetune': (finetune, short | {'optim.base_lr': 0.01, 'classify.head_scale': 0.01}),
+        'linear_lars': (linear_lars, short | {'optim.base_lr': 5.0, 'probe.group': 16}),
+        'knn': (knn, {}),
+    }
+    for name, (module, fields) in tasks_of.items():
+        fields = fields | {'checkpoint': str(tmp_path / 'run'), 'eval.batch_size': 32}
+        e = module.get_config()
+        e.update_from_flattened_dict(fields)
+        e.mesh.data, e.hosts.coordinator = 4, ''
+        expected = tasks.run(e, tmp_path / f'{name}-one')
+        two = str(tmp_path / f'{name}-two')
+        assert finish(launch(two, 2, config=name, own=fields)) == [0, 0], output(two)
+        found = json.loads((Path(two) / f'{e.task}.json').read_text())
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            # A fraction of the 70 test images; one may lie on the border between two classes.
+            close = pytest.approx(value, abs=1e-4 if key == 'loss' else 1.5 / 70) if isinstance(value, float) else value
+            assert found[key] == close, (name, key)
 
 
 def wait_for(pattern, workdir, processes):
@@ -292,7 +335,6 @@ def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):
     """In this process: SIGTERM while step 3 runs, then a second start that ends as if nothing had happened."""
     from mto_jax.data import pipeline
     from mto_jax.runtime import preemption
-    from mto_jax.tasks import pretrain
 
     config.checkpoints.every = 100
     whole = pretrain.run(config, tmp_path / 'whole')

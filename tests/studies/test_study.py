@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -206,16 +207,16 @@ def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
 def test_unusable_features_are_a_row_of_nan(two_runs, monkeypatch, value, which):
     """Of training or test images: the study goes on."""
     data = memory.load(two_runs.data, 'train[:40]'), memory.load(two_runs.data, 'test[:40]')
-    real, calls = study.features.extract, []
+    real, calls = study.features.collect, []
 
     def broken(*args):
-        found, labels = real(*args)
+        found = real(*args)
         if len(calls) == which:
-            found[3] = value
+            found = found.replace(x=found.x.at[0, 3].set(value))
         calls.append(1)
-        return found, labels
+        return found
 
-    monkeypatch.setattr(study.features, 'extract', broken)
+    monkeypatch.setattr(study.features, 'collect', broken)
     training = job.prepare(two_runs, 40)
     row = study._evaluator(training, two_runs, *data)(training.create(0), False)
     assert len(calls) == 2
@@ -230,15 +231,16 @@ def test_evaluations_see_all_classes(two_runs, monkeypatch):
     )
     labels, shown = [], []
 
-    def extract(encode, params, batches, mesh):
+    def collect(encode, params, batches, mesh):
         labels.append(np.concatenate([b['label'][b['valid']] for b in batches]))
-        return np.ones((len(labels[-1]), 1), np.float32), labels[-1]
+        found = jnp.asarray(labels[-1])[None]
+        return study.features.Bank(jnp.ones((*found.shape, 1)), found, found >= 0)
 
     def diagnose(self, state, images, key):
         shown.append(images)
         return {'losses': {'x': 0.0}, 'blocks': {}}
 
-    monkeypatch.setattr(study.features, 'extract', extract)
+    monkeypatch.setattr(study.features, 'collect', collect)
     monkeypatch.setattr(job.Job, 'diagnose', diagnose)
     monkeypatch.setattr(study.jax, 'jit', lambda f: f)
     monkeypatch.setattr(study.frozen, 'accuracies', lambda *_: {'linear': 0.1, f'knn_{two_runs.eval.knn_k[-1]}': 0.1})

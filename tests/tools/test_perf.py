@@ -111,19 +111,21 @@ def compile_for(topology, *args, config='mae_mto'):
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU_PYTHON, reason=NO_LIBTPU)
 @pytest.mark.parametrize(
-    ('config', 'topology', 'batch', 'fields'),
+    ('config', 'topology', 'batch', 'each', 'fields'),
     [
-        ('mae_mto', 'v5e:8x8', 4096, ()),
-        ('mae_mto', 'v4:4x4x4', 4096, ('model.depth=2', 'mae.decoder_depth=3', 'mto.w_e=0.1', 'mto.w_r=1.0')),
-        ('bootmae_mto', 'v5e:2x2', 256, ('batch_size=256',)),
-        ('conmim_mto', 'v5e:2x2', 256, ('batch_size=256',)),
+        ('mae_mto', 'v5e:8x8', 4096, 64, ()),
+        ('mae_mto', 'v4:4x4x4', 4096, 64, ('model.depth=2', 'mae.decoder_depth=3', 'mto.w_e=0.1', 'mto.w_r=1.0')),
+        ('bootmae_mto', 'v5e:2x2', 256, 64, ('batch_size=256',)),
+        ('conmim_mto', 'v5e:2x2', 256, 64, ('batch_size=256',)),
+        ('finetune', 'v5e:2x2', 256, 64, ('batch_size=256',)),
+        ('linear_lars', 'v5e:2x2', 2048, 512, ('batch_size=2048',)),
     ],
 )
-def test_the_methods_compile_for_a_slice(config, topology, batch, fields):
-    """ViT-B with MTO, 64 images a chip: as it is; the flagship also with losses that read every decoder block."""
+def test_the_methods_compile_for_a_slice(config, topology, batch, each, fields):
+    """ViT-B as shipped; the flagship also with losses that read every decoder block."""
     out = compile_for(topology, *(f'--config.{f}' for f in fields), config=config)
     assert 'fits: yes' in out.stdout, out.stderr[-2000:]
-    assert f'batch: {batch} (64 a chip)' in out.stdout
+    assert f'batch: {batch} ({each} a chip)' in out.stdout
     assert 'all-reduce' in out.stdout
 
 

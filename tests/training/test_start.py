@@ -10,7 +10,7 @@ from configs import base
 from mto_jax.errors import UserError
 from mto_jax.studies import study
 from mto_jax.studies.table import read
-from mto_jax.tasks import pretrain
+from mto_jax.tasks import pretrain, train
 from mto_jax.training import checkpoint, start, train_state
 from tests.conftest import shrink
 
@@ -61,14 +61,14 @@ def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch)
     c = fresh(config)
     c.init_from, c.epochs = str(workdir), 1.0
     begun = []
-    real = pretrain.begin
+    real = train.begin
 
     def begin(*args):
         state, about = real(*args)
         begun.append(jax.device_get(state))
         return state, about
 
-    monkeypatch.setattr(pretrain, 'begin', begin)
+    monkeypatch.setattr(train, 'begin', begin)
     state = pretrain.run(c, tmp_path)
     assert f'weights of {workdir} at step 8' in capsys.readouterr().out
     assert same(begun[0].params, whole.params)

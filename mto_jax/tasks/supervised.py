@@ -1,0 +1,233 @@
+"""`config.task='finetune'` and `'probe'`: what is trained on labels, from the encoder in a checkpoint.
+
+A fine-tuning trains encoder and head, a probe a head on the frozen encoder. Both are trained as pre-training is.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mto_jax.data import mix, order, pipeline, randaugment, sources
+from mto_jax.errors import UserError
+from mto_jax.evals import probes
+from mto_jax.models import heads
+from mto_jax.runtime import hosts, parallel
+from mto_jax.runtime.log import say
+from mto_jax.runtime.workdir import write
+from mto_jax.tasks import pretrained, train
+from mto_jax.tasks.pretrained import Pretrained
+from mto_jax.training import job, schedules, train_state
+from mto_jax.training.classify import Classification
+from mto_jax.training.loop import Seen, Watch, every
+from mto_jax.training.probing import Probing
+from mto_jax.training.train_state import TrainState
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
+    """Train on labels from the checkpoint `config.checkpoint`, resuming what `workdir` holds; writes `<task>.json`.
+
+    Raises:
+      UserError: for a bad config, missing data, data without labels, or a checkpoint of another kind; and as
+        `train.run`.
+      Preempted: after SIGTERM, once everything is saved.
+    """
+    workdir = epath.Path(workdir)
+    planned = plan(config)
+    c = planned.config
+    state = train.run(planned, workdir)
+    with jax.set_mesh(planned.mesh):
+        found = scores(planned.job, state, c, planned.mesh, c.data.test_split)
+    out = found | {'step': int(state.step), 'split': c.data.test_split, 'checkpoint': c.checkpoint}
+    path = workdir / f'{c.task}.json'
+    if hosts.is_first():
+        write(path, json.dumps(out, indent=2) + '\n')
+    train.show(workdir, {f'{c.task} of {c.checkpoint}': [found]})
+    say(f'{c.data.test_split}: ' + listed(found))
+    say(f'written to {path}')
+    return out
+
+
+def plan(config: ConfigDict) -> train.Plan:
+    """The training that `config` describes, whose other fields are the checkpoint's.
+
+    Raises:
+      UserError: for a bad config, missing data, data without labels, or a checkpoint of another kind.
+    """
+    with hosts.together():
+        mesh = train.devices(config)
+    start = pretrained.find(config)
+    c = start.config
+    with hosts.together():
+        randaugment.parse(c.data)
+        source = _labelled(c, c.data.train_split)
+        for split in (c.data.val_split, c.data.test_split):
+            _labelled(c, split)
+        probes.eval_part(c.eval.batch_size, mesh)
+        train.require_accelerator(c)
+    frozen = c.task == 'probe'
+    encoder = start.load(mesh)['encoder'] if frozen else None
+    with hosts.together():
+        training = prepare(start, encoder, source.num_examples)
+        training.sharding(mesh)
+    title = f'{c.probe.head} probe' if frozen else 'fine-tuning' + ' of fresh weights' * c.classify.from_scratch
+    return train.Plan(
+        c,
+        mesh,
+        source,
+        training,
+        f'{title}, {c.checkpoint}',
+        partial(_watches, c, training, mesh),
+        partial(_fresh, start, training, mesh),
+    )
+
+
+def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:
+    """The training that `start.config` describes, on so many examples.
+
+    Args:
+      encoder: the parameters of a probe's encoder, or their shapes.
+
+    Raises:
+      UserError: for a bad config.
+    """
+    c, d = start.config, start.config.data
+    objective = _probing(start, encoder) if c.task == 'probe' else _classification(start)
+    per_epoch = order.steps_per_epoch(num_examples, c.batch_size)
+    microbatch = c.batch_size // c.accumulate
+    shapes = {
+        'image': jax.ShapeDtypeStruct((microbatch, *d.image_size, d.channels), np.uint8),
+        'label': jax.ShapeDtypeStruct((microbatch,), np.int32),
+        'mask': jax.ShapeDtypeStruct((microbatch, *d.image_size, 1), np.int32),
+    }
+    del shapes['label' if _dense(c) else 'mask']
+    total = schedules.to_steps(c.epochs, per_epoch)
+    return job.assemble(objective, c.optim, c.batch_size, total, per_epoch, shapes, c.accumulate)
+
+
+def _classification(start) -> Classification:
+    config = start.config
+    c, data = config.classify, config.data
+    mixes = mix.Mix(c.mixup, c.cutmix, c.mix_prob, c.switch_prob) if c.mixup or c.cutmix else None
+    if mixes and (config.batch_size // config.accumulate) % 2:
+        raise UserError(
+            f'batch_size is {config.batch_size} in {config.accumulate} microbatches; mixup and cutmix pair the images '
+            'of one, of which there must be an even number'
+        )
+    return Classification(
+        start.method,
+        data.num_classes,
+        tuple(data.mean),
+        tuple(data.std),
+        data.flip,
+        pool=c.pool,
+        head_scale=c.head_scale,
+        smoothing=c.smoothing,
+        erase=c.erase,
+        mixes=mixes,
+        ema=c.ema,
+        fresh=start.fresh,
+    )
+
+
+def _probing(start, encoder) -> Probing:
+    config, method = start.config, start.method
+    c, data = config.probe, config.data
+    microbatch = config.batch_size // config.accumulate
+    if microbatch % c.group:
+        raise UserError(
+            f'probe.group is {c.group} images; it must divide the {microbatch} images of a microbatch '
+            '(batch_size / accumulate)'
+        )
+    if c.head == 'dense' and data.randaugment:
+        raise UserError(f"data.randaugment is {data.randaugment!r}; it must be '': label maps would not follow")
+    if c.head == 'linear' and c.pool == 'class' and not method.arch.class_token:
+        raise UserError("probe.pool is 'class' but the model has no class token (model.class_token); set it to 'mean'")
+    depths = tuple(config.eval.depths) or (config.eval.depth,)
+    if wrong := [d for d in depths if d > method.arch.depth]:
+        raise UserError(f'eval.depths: {wrong[0]} is too deep; the encoder has {method.arch.depth} blocks')
+    head = heads.Probe(c.head, data.num_classes, method.arch.num_prefix, c.pool, c.heads)
+    depths = tuple(d or None for d in depths)
+    return Probing(method, encoder, head, depths, c.group, tuple(data.mean), tuple(data.std), data.flip)
+
+
+def scores(training: job.Job, state: TrainState, config, mesh, split: str, sums: Callable | None = None):
+    """What the objective's `scores` says of a split, each example counted once; `sums` as of `summed`."""
+    c, objective = config.eval, training.objective
+    sums, totals = sums or summed(objective), None
+    part = probes.eval_part(c.batch_size, mesh)
+    source = sources.open_source(config.data, split)
+    for batch in pipeline.eval_batches(source, config.data, c.batch_size, 0, part):
+        placed = parallel.put_batch(batch, mesh)
+        seen = jax.device_get(sums(state.params, state.model_state, objective.constants, placed))
+        # On the host: counts of pixels outgrow 32 bits.
+        seen = jax.tree.map(lambda x: x.astype(np.float64 if x.dtype.kind == 'f' else np.int64), seen)
+        totals = seen if totals is None else jax.tree.map(np.add, totals, seen)
+    return objective.scores(totals)
+
+
+def summed(objective: Classification | Probing) -> Callable:
+    """The objective's `sums`, jitted: to be kept where it is used again."""
+    return jax.jit(objective.sums)
+
+
+def listed(found: dict[str, float]) -> str:
+    return ', '.join(f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n, v in found.items())
+
+
+def _watches(config, training, mesh, workdir) -> list[Watch]:
+    """Scores on the validation split."""
+    del workdir
+    sums = summed(training.objective)
+
+    def measure(step, state):
+        found = scores(training, state, config, mesh, config.data.val_split, sums)
+        say(f'step {step} validation: ' + listed(found))
+        shown = {f'val_{name}': value for name, value in found.items() if isinstance(value, float)}
+        return Seen(shown, score=found[training.objective.score])
+
+    steps = schedules.to_steps(config.eval.every_epochs, training.per_epoch)
+    return [Watch(measure, every(steps, training.total))]
+
+
+def _fresh(start, training, mesh, sharding) -> TrainState:
+    """Fresh weights; of a fine-tuning all but the encoder, which is the checkpoint's unless it is not to be."""
+    c = start.config
+    if c.task == 'probe' or c.classify.from_scratch:
+        return jax.jit(partial(training.create, c.seed), out_shardings=sharding)()
+
+    def begin(encoder):
+        key = train_state.stream(c.seed, 'head')
+        return train_state.begin(*training.objective.begin(encoder, key), training.tx)
+
+    return jax.jit(begin, out_shardings=sharding)(start.load(mesh)['encoder'])
+
+
+def _dense(config) -> bool:
+    """Whether it learns from label maps instead of labels."""
+    return config.task == 'probe' and config.probe.head == 'dense'
+
+
+def _labelled(config, split: str) -> sources.Source:
+    """A split, which must have what the task learns from."""
+    data = config.data
+    source = sources.open_source(data, split)
+    if _dense(config):
+        if not data.mask:
+            raise UserError(
+                "data.mask is ''; a dense probe learns from label maps: name the feature that has them, or with "
+                "data.name='folder' their folder"
+            )
+        return source
+    if source.num_classes == 0:
+        raise UserError(f'data: {split} has no labels, which a {config.task} learns from and is measured by')
+    if source.num_classes and source.num_classes > data.num_classes:
+        raise UserError(
+            f'data.num_classes is {data.num_classes}; {split} has {source.num_classes} classes: set '
+            f'--config.data.num_classes={source.num_classes}'
+        )
+    return source
