@@ -22,7 +22,7 @@ def get_config(argument: str = ''):
     if argument == 'quickstart':
         c.probe.pool = 'mean'
         c.epochs, c.batch_size, c.probe.group, c.allow_cpu = 10.0, 512, 512, True
-        c.optim.warmup_epochs, c.optim.base_lr = 1.0, 0.5
+        c.optim.warmup_epochs, c.optim.base_lr = 1.0, 5.0
         c.data.crop, c.data.val_split, c.model.dtype = 'resize', 'train[90%:]', 'float32'
         c.eval.every_epochs, c.log_every, c.checkpoints.every = 2.0, 50, 90
     return c

@@ -46,7 +46,7 @@ def each(rule: Rule, count: int = 0) -> Rule:
 
 def none_or_each(rule: Rule) -> Rule:
     ok, words = rule
-    return lambda v: all(map(ok, v)), f'any number of values, each {words}'
+    return lambda v: all(map(ok, v)) and len(set(v)) == len(v), f'any number of different values, each {words}'
 
 
 def ascending(rule: Rule) -> Rule:

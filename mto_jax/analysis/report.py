@@ -81,7 +81,9 @@ def _headline(runs):
         more = f' and {len(differing) - 8} more fields' if len(differing) > 8 else ''
         return f'They differ in {", ".join(differing[:8]) or "no field"}{more}.'
     r = runs[0]
-    found = [f'{n} {r.last(n):.4g}' for n in (*losses(runs)[:2], *probes(runs)[-1:])]
+    scores = [n for n in ('val_top1', 'val_miou') if n in probes(runs)] or probes(runs)[-1:]
+    shown = losses(runs)[: 1 if r.field('task') in ('finetune', 'probe') else 2]
+    found = [f'{n} {r.last(n):.4g}' for n in (*shown, *scores)]
     task = {'finetune': 'Fine-tuning of ', 'probe': f'A probe ({r.field("probe.head")}) of '}.get(r.field('task'), '')
     mto = 'with MTO' if r.field('mto.enabled') else 'without MTO'
     return f'{task}{r.field("method")} {mto}, {_model(r)}, on {_data(r)}: {", ".join([_steps(r), *found, _speed(r)])}.'

@@ -121,9 +121,9 @@ def merged(saved: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
         shown = ', '.join(f'{n} (given {given[n]!r}, there {there.get(n)!r})' for n in refused[:5])
         more = f' and {len(refused) - 5} more' if len(refused) > 5 else ''
         own = dict.fromkeys(n.split('.')[0] + '.*' * ('.' in n) for n, f in FIELDS.items() if f.own)
-        settable = ', '.join([*own, *(n for n, f in FIELDS.items() if f.replaces)])
+        settable = ', '.join([*own, *(n for n, f in FIELDS.items() if f.replaces or (trains and f.trains))])
         raise UserError(
-            f'an evaluation takes from the checkpoint, and cannot set: {shown}{more}. Start from configs/knn.py or '
-            f'another config of an evaluation and leave them out; what can be set is {settable}'
+            f'an evaluation takes from the checkpoint, and cannot set: {shown}{more}. Leave them out, and start from '
+            f'the config of an evaluation (configs/knn.py, linear.py, finetune.py, ...); what can be set is {settable}'
         )
     return nested({n: f.default for n, f in FIELDS.items()} | there | {n: given[n] for n in free})

@@ -68,7 +68,7 @@ class Probing:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f'depth{self.method.arch.depth if d is None else d}' for d in self.depths)
+        return tuple(f'depth{d or 0}' for d in self.depths)  # 0 as in `config.eval.depths`
 
     def init(self, key):
         a = self.method.arch

@@ -27,7 +27,7 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
     if warmup >= total_steps:
         raise UserError(
             f'optim.warmup_epochs is {optim.warmup_epochs} ({warmup} steps); it must be shorter than the training '
-            f'({total_steps} steps)'
+            f'({total_steps} steps): lower --config.optim.warmup_epochs, or raise --config.epochs'
         )
     if optim.schedule == 'cosine':
         after = optax.cosine_decay_schedule(peak, total_steps - warmup, optim.min_lr / peak if peak else 0.0)

@@ -237,7 +237,7 @@ def test_from_a_checkpoint_to_accuracy(pretrained, tmp_path, capsys, head):
     whole, part = tmp_path / 'whole', tmp_path / 'part'
     out = tasks.run(c, whole)
     assert json.loads((whole / 'probe.json').read_text()) == out
-    assert out['top1'] == max(out['top1_depth1'], out['top1_depth2']) == out[f'top1_depth{out["best_depth"]}']
+    assert out['top1'] == max(out['top1_depth1'], out['top1_depth0']) == out[f'top1_depth{out["best_depth"]}']
     assert out['step'] == 8
     assert 'step 4 validation: top1' in capsys.readouterr().out
     shutil.copytree(whole, part)
@@ -268,7 +268,7 @@ def test_scores_on_any_mesh_against_numpy(config, rng):
             training = dataclasses.replace(planned.job, objective=own)
             found.append(supervised.scores(training, placed, c, mesh, 'test[:70]'))
             arguments = placed.params, own.constants, parallel.put_batch({'image': images}, mesh)['image']
-            seen.append(jax.jit(own.logits)(*arguments, placed.model_state['running'])[0]['depth2'])
+            seen.append(jax.jit(own.logits)(*arguments, placed.model_state['running'])[0]['depth0'])
     for other, logits in zip(found[1:], seen[1:], strict=True):
         assert other == pytest.approx(found[0], abs=1e-5)
         np.testing.assert_allclose(logits, seen[0], rtol=0, atol=1e-5 * np.abs(seen[0]).max())
@@ -276,7 +276,7 @@ def test_scores_on_any_mesh_against_numpy(config, rng):
     batch = next(supervised.pipeline.eval_batches(source, c.data, 70))
     x = augment.normalize(batch['image'], c.data.mean, c.data.std)
     tokens = objective.method.encode(objective.constants, x)
-    running, params = state.model_state['running']['depth2'], state.params['head']['depth2']
+    running, params = state.model_state['running']['depth0'], state.params['head']['depth0']
     logits, _ = head64('linear', params, tokens, 70, running, 'class')
     ranks = (logits > logits[np.arange(70), batch['label']][:, None]).sum(1)
     assert found[0]['top1'] == pytest.approx((ranks < 1).mean(), abs=1e-6)
@@ -379,6 +379,7 @@ def test_bad_label_maps_are_named(on_scenes, tmp_path, field, value, words):
     ('field', 'value', 'words'),
     [
         ('probe.group', 3, r'probe\.group is 3 images; it must divide the 32'),
+        ('eval.depths', (1, 1), r'eval\.depths is .*different'),
         ('eval.depths', (3,), r'eval\.depths: 3 is too deep; the encoder has 2 blocks'),
         ('optim.name', 'sgd', r'optim\.name is .sgd.'),
         ('data.image_size', (30, 28), r'height 30 does not divide'),
