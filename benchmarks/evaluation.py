@@ -5,7 +5,7 @@
 For each seed: one pre-training (configs/quickstart.py with MTO); kNN, L-BFGS, LARS and attentive probes of its encoder;
 and fine-tunings of it and of the same network from fresh weights, on 10% and on 100% of the labels, with equal budgets.
 Every step is a command of the README's kind, and one that is done is not run again. DIR/results.json has each number,
-DIR/results.md the table; docs/results.md the one that was measured.
+DIR/results.md the table.
 """
 
 import argparse

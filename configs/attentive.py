@@ -7,6 +7,7 @@ configs/quickstart.py.
 """
 
 from configs import base
+from configs.quickstart import evaluated
 
 
 def get_config(argument: str = ''):
@@ -19,9 +20,7 @@ def get_config(argument: str = ''):
     c.data.crop_area = (0.08, 1.0)
     c.eval.every_epochs = 10.0
     if argument == 'quickstart':
-        c.probe.heads, c.probe.group = 4, 128
-        c.epochs, c.batch_size, c.allow_cpu = 10.0, 128, True
-        c.optim.base_lr, c.optim.warmup_epochs = 2e-3, 1.0
-        c.data.crop, c.data.val_split, c.model.dtype = 'resize', 'train[90%:]', 'float32'
-        c.eval.every_epochs, c.log_every, c.checkpoints.every = 2.0, 100, 350
+        c = evaluated(c)
+        c.probe.heads, c.probe.group, c.batch_size, c.optim.base_lr = 4, 128, 128, 2e-3
+        c.log_every, c.checkpoints.every = 100, 350
     return c

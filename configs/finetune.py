@@ -9,6 +9,7 @@ here.
 """
 
 from configs import base
+from configs.quickstart import evaluated
 
 # Read from facebookresearch/mae (FINETUNE.md), microsoft/SimMIM (configs), LightDXY/BootMAE (scripts) and
 # TencentARC/ConMIM (README.md). Rates of `inclusive` recipes are absolute.
@@ -49,13 +50,9 @@ def get_config(argument: str = 'vit_b'):
 
 def quickstart():
     """Minutes on two cores, from a checkpoint of configs/quickstart.py: whole images, flips, mild regularisation."""
-    c = base.evaluation('finetune')
-    c.data.crop, c.data.val_split = 'resize', 'train[90%:]'
-    c.model.dtype = 'float32'
-    c.epochs, c.batch_size, c.allow_cpu = 10.0, 128, True
+    c = evaluated(base.evaluation('finetune'))
+    c.batch_size, c.optim.min_lr = 128, 1e-6
     c.optim.base_lr, c.optim.layer_decay, c.optim.b2 = 2e-3, 0.75, 0.999
-    c.optim.warmup_epochs, c.optim.min_lr = 1.0, 1e-6
     c.classify.head_scale, c.classify.mixup, c.classify.cutmix, c.classify.erase = 0.01, 0.0, 0.0, 0.0
-    c.eval.every_epochs = 2.0
     c.log_every, c.checkpoints.every = 100, 350
     return c

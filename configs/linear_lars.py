@@ -9,6 +9,7 @@ once. `:quickstart` is for a checkpoint of configs/quickstart.py.
 """
 
 from configs import base
+from configs.quickstart import evaluated
 
 
 def get_config(argument: str = ''):
@@ -20,9 +21,7 @@ def get_config(argument: str = ''):
     c.data.crop_area = (0.08, 1.0)
     c.eval.every_epochs = 10.0
     if argument == 'quickstart':
-        c.probe.pool = 'mean'
-        c.epochs, c.batch_size, c.probe.group, c.allow_cpu = 10.0, 512, 512, True
-        c.optim.warmup_epochs, c.optim.base_lr = 1.0, 5.0
-        c.data.crop, c.data.val_split, c.model.dtype = 'resize', 'train[90%:]', 'float32'
-        c.eval.every_epochs, c.log_every, c.checkpoints.every = 2.0, 50, 90
+        c = evaluated(c)
+        c.probe.pool, c.batch_size, c.optim.base_lr = 'mean', 512, 5.0
+        c.log_every, c.checkpoints.every = 50, 90
     return c

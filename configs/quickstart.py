@@ -33,6 +33,14 @@ def small(c):
     return c
 
 
+def evaluated(c):
+    """An evaluation that trains, from a checkpoint of this model: whole images, on a CPU."""
+    c.data.crop, c.data.val_split = 'resize', 'train[90%:]'
+    c.model.dtype, c.allow_cpu = 'float32', True
+    c.epochs, c.optim.warmup_epochs, c.eval.every_epochs = 10.0, 1.0, 2.0
+    return c
+
+
 def shorter(c):
     """Six epochs, for the methods whose steps cost several of MAE's: their teachers read every patch."""
     c.epochs, c.optim.warmup_epochs = 6.0, 1.0

@@ -8,13 +8,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 
 ERASE_TRIES = 10
 
 
 def soft_labels(labels: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
     """Targets float32 (B, classes) of int labels (B,): `smoothing` of the mass is spread evenly over all classes."""
-    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -169,9 +169,13 @@ def train_batches(
 
     def prepare(position, example):
         seed_pair = tf.stack([tf.constant(seed, tf.int64), position])
-        window = _window(example['image'], seed_pair, data)
-        image = _train_pixels(example['image'], window, data, data.channels, data.interpolation)
-        mask = _mask(example, data, lambda encoded, channels: _train_pixels(encoded, window, data, channels, 'nearest'))
+        image = train_image(example['image'], seed_pair, data)
+
+        def same_crop(encoded, channels):
+            window = _window(example['image'], seed_pair, data)
+            return _train_pixels(encoded, window, data, channels, 'nearest')
+
+        mask = _mask(example, data, same_crop)
         if augment:
             shape = image.shape
             image = tf.ensure_shape(tf.numpy_function(augment, [image, seed_pair], tf.uint8), shape)

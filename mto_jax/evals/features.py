@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.methods import Method
+from mto_jax.models.heads import pooled
 from mto_jax.runtime import parallel
 from mto_jax.training.train_state import TrainState
 
@@ -77,8 +78,7 @@ def encoder(method: Method, config) -> Callable:
     @jax.jit
     def encode(params, images):
         x = augment.normalize(images, config.data.mean, config.data.std)
-        tokens = method.encode(params, x, depth=depth).astype(jnp.float32)
-        return tokens[:, 0] if kind == 'class' else tokens[:, arch.num_prefix :].mean(1)
+        return pooled(method.encode(params, x, depth=depth), arch.num_prefix, kind)
 
     return encode
 

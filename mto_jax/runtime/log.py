@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,6 +78,11 @@ def say(text: str) -> None:
     """Print at once, also into a pipe; the first process only."""
     if hosts.is_first():
         print(text, flush=True)
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Names and values on one line, floats to four decimals."""
+    return ', '.join(f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n, v in values.items())
 
 
 def describe_params(params) -> str:

@@ -10,7 +10,7 @@ from mto_jax.analysis import plots
 from mto_jax.data import pipeline, randaugment, sources
 from mto_jax.evals import features, probes
 from mto_jax.runtime import hosts, parallel
-from mto_jax.runtime.log import say
+from mto_jax.runtime.log import described, say
 from mto_jax.tasks import train
 from mto_jax.training import job, schedules, start, train_state
 from mto_jax.training.loop import Seen, Watch, every
@@ -73,7 +73,7 @@ def _watches(config, training, mesh, watched, workdir) -> list[Watch]:
     def knn(step, state):
         weights = features.weights(state, config.eval)
         found = probes.probe(encode, weights, config, mesh, config.data.val_split, ('knn',))
-        say(f'step {step} validation: ' + ', '.join(f'{k} {v:.4f}' for k, v in found.items()))
+        say(f'step {step} validation: ' + described(found))
         return Seen({f'val_{k}': v for k, v in found.items()}, score=found[f'knn_{config.eval.knn_k[-1]}'])
 
     watches = []

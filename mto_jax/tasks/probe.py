@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mto_jax.data import sources
 from mto_jax.evals import features, probes
 from mto_jax.runtime import hosts, parallel
-from mto_jax.runtime.log import say
+from mto_jax.runtime.log import described, say
 from mto_jax.runtime.workdir import write
 from mto_jax.tasks import pretrained
 
@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
         with jax.set_mesh(mesh):
             each[depth] = probes.probe(encode, params, setup, mesh, split, (config.task,))
         if len(depths) > 1:
-            say(f'  depth {depth}: ' + ', '.join(f'{name} {value:.4f}' for name, value in each[depth].items()))
+            say(f'  depth {depth}: ' + described(each[depth]))
     score = 'linear' if config.task == 'linear' else f'knn_{c.eval.knn_k[-1]}'
     best = max(each, key=lambda depth: each[depth][score])
     out = dict(each[best])

@@ -17,7 +17,7 @@ from mto_jax.errors import UserError
 from mto_jax.evals import probes
 from mto_jax.models import heads
 from mto_jax.runtime import hosts, parallel
-from mto_jax.runtime.log import say
+from mto_jax.runtime.log import described, say
 from mto_jax.runtime.workdir import write
 from mto_jax.tasks import pretrained, train
 from mto_jax.tasks.pretrained import Pretrained
@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     if hosts.is_first():
         write(path, json.dumps(out, indent=2) + '\n')
     train.show(workdir, {f'{c.task} of {c.checkpoint}': [found]})
-    say(f'{c.data.test_split}: ' + listed(found))
+    say(f'{c.data.test_split}: ' + described(found))
     say(f'written to {path}')
     return out
 
@@ -175,10 +175,6 @@ def summed(objective: Classification | Probing) -> Callable:
     return jax.jit(objective.sums)
 
 
-def listed(found: dict[str, float]) -> str:
-    return ', '.join(f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n, v in found.items())
-
-
 def _watches(config, training, mesh, workdir) -> list[Watch]:
     """Scores on the validation split."""
     del workdir
@@ -186,7 +182,7 @@ def _watches(config, training, mesh, workdir) -> list[Watch]:
 
     def measure(step, state):
         found = scores(training, state, config, mesh, config.data.val_split, sums)
-        say(f'step {step} validation: ' + listed(found))
+        say(f'step {step} validation: ' + described(found))
         shown = {f'val_{name}': value for name, value in found.items() if isinstance(value, float)}
         return Seen(shown, score=found[training.objective.score])
 

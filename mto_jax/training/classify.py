@@ -14,8 +14,6 @@ from mto_jax.errors import UserError
 from mto_jax.methods import Method, moved
 from mto_jax.models.heads import Head
 
-POOLS = ('fc_norm', 'mean', 'class')
-
 
 @dataclasses.dataclass(frozen=True)
 class Classification:

@@ -1,47 +1,31 @@
 """Fine-tuning of a checkpoint: the task from end to end, the objective against numpy, and what is refused."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, finetune, knn
+from configs import finetune, knn
 from mto_jax import tasks
 from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.methods import Clock
 from mto_jax.runtime import parallel
-from mto_jax.tasks import pretrain
 from mto_jax.tasks import supervised as task
 from mto_jax.tasks.pretrained import find
 from mto_jax.training import checkpoint, optim, train_state
 from mto_jax.training.classify import Classification
-from tests.conftest import named, randomised, shrink
-
-
-@pytest.fixture(scope='module')
-def pretrained(tmp_path_factory):
-    """The workdir of a finished pre-training."""
-    c = shrink(base.get_config())
-    c.model.dtype, c.epochs, c.optim.warmup_epochs = 'float32', 0.5, 0.0
-    folder = tmp_path_factory.mktemp('pretrained') / 'run'
-    pretrain.run(c, folder)
-    return folder
+from tests.conftest import named, randomised
+from tests.training.conftest import check_resumed, cut_down
 
 
 @pytest.fixture
 def config(pretrained):
     """A fine-tuning of it with every part of the recipe, 8 steps long."""
-    c = finetune.get_config('vit_b')
-    c.checkpoint = str(pretrained)
-    c.data.crop_area, c.data.val_split = (0.5, 1.0), 'train[130:190]'
-    c.batch_size, c.epochs, c.optim.warmup_epochs, c.allow_cpu = 32, 2.0, 0.5, True
-    c.model.dtype, c.mesh.data, c.classify.ema = 'float32', 1, 0.5
-    c.log_every, c.checkpoints.every, c.checkpoints.keep = 3, 4, 9
-    c.eval.every_epochs, c.eval.batch_size = 1.0, 32
+    c = cut_down(finetune.get_config('vit_b'), pretrained)
+    c.classify.ema = 0.5
     return c
 
 
@@ -52,13 +36,7 @@ def test_from_a_checkpoint_to_accuracy(config, pretrained, tmp_path, capsys):
     assert json.loads((whole / 'finetune.json').read_text()) == out
     assert (out['step'], out['checkpoint']) == (8, str(pretrained / 'checkpoints' / '2'))
     assert 0 <= out['top1'] <= out['top5'] <= 1
-    assert 'step 4 validation: top1' in capsys.readouterr().out
-    shutil.copytree(whole, part)
-    shutil.rmtree(part / 'checkpoints' / '8')
-    assert tasks.run(config, part) == out
-    assert 'resuming at step 4' in capsys.readouterr().out
-    sums = [checkpoint.Checkpointer(d, read_only=True).about(8)['checksums'] for d in (whole, part)]
-    assert sums[0] == sums[1]
+    check_resumed(config, whole, part, out, capsys)
 
 
 def test_its_own_checkpoint_is_no_pretrained_one(config, tmp_path):

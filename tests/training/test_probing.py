@@ -17,32 +17,12 @@ from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.models.heads import PROBES, Probe
 from mto_jax.runtime import parallel
-from mto_jax.tasks import pretrain, supervised
-from mto_jax.training import checkpoint, optim, probing, train_state
-from tests.conftest import named, randomised, shrink
+from mto_jax.tasks import supervised
+from mto_jax.training import optim, probing, train_state
+from tests.conftest import named, randomised
+from tests.training.conftest import check_resumed, cut_down
 
 CLASSES = 10
-
-
-@pytest.fixture(scope='module')
-def pretrained(tmp_path_factory):
-    """The workdir of a finished pre-training."""
-    c = shrink(base.get_config())
-    c.model.dtype, c.epochs, c.optim.warmup_epochs = 'float32', 0.5, 0.0
-    folder = tmp_path_factory.mktemp('pretrained') / 'run'
-    pretrain.run(c, folder)
-    return folder
-
-
-def cut_down(c, pretrained):
-    """A shipped probe's config for it, 8 steps long."""
-    c.checkpoint = str(pretrained)
-    c.data.crop_area, c.data.val_split = (0.5, 1.0), 'train[130:190]'
-    c.batch_size, c.probe.group, c.probe.heads, c.epochs, c.optim.warmup_epochs = 32, 16, 2, 2.0, 0.5
-    c.model.dtype, c.mesh.data, c.allow_cpu = 'float32', 1, True
-    c.log_every, c.checkpoints.every, c.checkpoints.keep = 3, 4, 9
-    c.eval.every_epochs, c.eval.batch_size = 1.0, 32
-    return c
 
 
 @pytest.fixture
@@ -239,13 +219,7 @@ def test_from_a_checkpoint_to_accuracy(pretrained, tmp_path, capsys, head):
     assert json.loads((whole / 'probe.json').read_text()) == out
     assert out['top1'] == max(out['top1_depth1'], out['top1_depth0']) == out[f'top1_depth{out["best_depth"]}']
     assert out['step'] == 8
-    assert 'step 4 validation: top1' in capsys.readouterr().out
-    shutil.copytree(whole, part)
-    shutil.rmtree(part / 'checkpoints' / '8')
-    assert tasks.run(c, part) == out
-    assert 'resuming at step 4' in capsys.readouterr().out
-    sums = [checkpoint.Checkpointer(d, read_only=True).about(8)['checksums'] for d in (whole, part)]
-    assert sums[0] == sums[1]
+    check_resumed(c, whole, part, out, capsys)
 
 
 def test_scores_on_any_mesh_against_numpy(config, rng):
