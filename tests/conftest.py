@@ -38,8 +38,15 @@ QUICK = os.environ['XLA_FLAGS'].rpartition(' ')[0]  # without the number of devi
 
 @pytest.fixture(scope='session', autouse=True)
 def compile_once(tmp_path_factory):
-    """Many tests train the same tiny model: compile it once a session."""
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
+    """Many tests train the same tiny model: compile it once for all workers, and for the programs that tests start.
+
+    JAX_COMPILATION_CACHE_DIR, where it is set, keeps what was compiled for further calls of pytest.
+    """
+    own = tmp_path_factory.getbasetemp()
+    cache = own.parent / 'xla' if 'PYTEST_XDIST_WORKER' in os.environ else own / 'xla'
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+    jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 

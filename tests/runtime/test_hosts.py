@@ -160,9 +160,6 @@ def launch(workdir, count, devices=2, port=None, different=None, only=None, conf
         env = os.environ | {
             'JAX_PLATFORMS': 'cpu',
             'XLA_FLAGS': f'{QUICK} --xla_force_host_platform_device_count={devices}',
-            # Of one test: runs on as many processes compile the same programs.
-            'JAX_COMPILATION_CACHE_DIR': str(Path(workdir).parent / 'xla'),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         }
         command = [sys.executable, 'main.py', f'--config=configs/{config}.py', f'--workdir={workdir}', *args]
         with open(f'{workdir}.{i}.log', 'w') as log:

@@ -96,7 +96,7 @@ def test_published_flops(module, size, published):
 
 
 TPU_PYTHON = os.environ.get('MTO_JAX_TPU_PYTHON')
-NO_LIBTPU = 'needs libtpu in an environment of its own; MTO_JAX_TPU_PYTHON names its interpreter'
+NO_LIBTPU = 'needs libtpu; MTO_JAX_TPU_PYTHON names an interpreter that has it'
 
 
 def compile_for(topology, *args, config='mae_mto'):
