@@ -20,7 +20,7 @@ LAYERS = [
     {'training'},
     {'evals', 'analysis'},
     {'tasks', 'studies'},
-    {'tools'},
+    {'tools', 'api'},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

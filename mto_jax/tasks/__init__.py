@@ -6,27 +6,31 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax.analysis import report
 from mto_jax.config import EVALUATIONS
 from mto_jax.config import check as check_fields
-from mto_jax.data import check
 from mto_jax.errors import UserError
 from mto_jax.runtime import hosts
-from mto_jax.tasks import compare, pretrain, pretrained, probe, supervised
-
-TASKS: dict[str, Callable[[ConfigDict, epath.Path], object]] = {
-    'pretrain': pretrain.run,
-    'knn': probe.run,
-    'linear': probe.run,
-    'probe': supervised.run,
-    'finetune': supervised.run,
-    'compare': compare.run,
-    'check': check.run,
-    'report': report.run,
-}
-
+from mto_jax.tasks import pretrained
 
 PARTIAL = (*EVALUATIONS, 'check')  # may leave fields to the checkpoint's config
+
+
+def _tasks() -> dict[str, Callable[[ConfigDict, epath.Path], object]]:
+    # Imported here, so that what reads checkpoints alone (`mto_jax.api`) does not load TensorFlow.
+    from mto_jax.analysis import report
+    from mto_jax.data import check
+    from mto_jax.tasks import compare, pretrain, probe, supervised
+
+    return {
+        'pretrain': pretrain.run,
+        'knn': probe.run,
+        'linear': probe.run,
+        'probe': supervised.run,
+        'finetune': supervised.run,
+        'compare': compare.run,
+        'check': check.run,
+        'report': report.run,
+    }
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> object:
@@ -35,8 +39,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
     Raises:
       UserError: for an unknown task, and whatever the task raises.
     """
-    if config.task not in TASKS:
-        raise UserError(f'task is {config.task!r}; it must be one of {", ".join(TASKS)}')
+    tasks = _tasks()
+    if config.task not in tasks:
+        raise UserError(f'task is {config.task!r}; it must be one of {", ".join(tasks)}')
     check_fields(config, partial=config.task in PARTIAL)
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
@@ -44,4 +49,4 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
     if config.task == 'check' and config.method is None:  # an evaluation's --check: of the data it would read
         config = pretrained.find(config).config
         config.data.val_split = config.data.test_split
-    return TASKS[config.task](config, epath.Path(workdir))
+    return tasks[config.task](config, epath.Path(workdir))

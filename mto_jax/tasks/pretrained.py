@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax import methods
@@ -71,7 +72,7 @@ def find(config: ConfigDict, mesh: jax.sharding.Mesh | None = None, require=lamb
     check(config, partial=True)
 
     def read(reader, step):
-        start = _described(reader.config(step), config, reader.directory / str(step))
+        start = described(reader.config(step), config, reader.directory / str(step))
         require(start)
         return (start, start._restored(mesh, reader, step)) if mesh else start
 
@@ -79,13 +80,14 @@ def find(config: ConfigDict, mesh: jax.sharding.Mesh | None = None, require=lamb
     return found
 
 
-def _described(there, config, path) -> Pretrained:
-    c = merged(there, config)
+def described(saved: Mapping[str, Any], config: ConfigDict, path: epath.Path) -> Pretrained:
+    """The encoder in the checkpoint `path`, whose config is `saved`, for an evaluation's `config`. Raises as `find`."""
+    c = merged(saved, config)
     c.checkpoint = str(path)
     check(c)
     trained = ConfigDict(c.to_dict())  # as it is run here, with what a method's own parts had to fit
-    trained.batch_size, trained.accumulate = there['batch_size'], there['accumulate']
-    trained.data.image_size = tuple(there['data']['image_size'])
+    trained.batch_size, trained.accumulate = saved['batch_size'], saved['accumulate']
+    trained.data.image_size = tuple(saved['data']['image_size'])
     original = methods.build(trained)
     try:
         arch = dataclasses.replace(original.arch, image_size=tuple(c.data.image_size))

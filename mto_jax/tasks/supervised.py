@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax.data import mix, order, pipeline, randaugment, sources
+from mto_jax.data import order, pipeline, randaugment, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
 from mto_jax.models import heads
@@ -21,7 +21,7 @@ from mto_jax.runtime.log import described, say
 from mto_jax.runtime.workdir import write
 from mto_jax.tasks import pretrained, train
 from mto_jax.tasks.pretrained import Pretrained
-from mto_jax.training import job, schedules, train_state
+from mto_jax.training import classify, job, schedules, train_state
 from mto_jax.training.classify import Classification
 from mto_jax.training.loop import Seen, Watch, every
 from mto_jax.training.probing import Probing
@@ -96,7 +96,7 @@ def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:
       UserError: for a bad config.
     """
     c, d = start.config, start.config.data
-    objective = _probing(start, encoder) if c.task == 'probe' else _classification(start)
+    objective = _probing(start, encoder) if c.task == 'probe' else classify.build(c, start.method, start.fresh)
     per_epoch = order.steps_per_epoch(num_examples, c.batch_size)
     microbatch = c.batch_size // c.accumulate
     shapes = {
@@ -107,31 +107,6 @@ def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:
     del shapes['label' if _dense(c) else 'mask']
     total = schedules.to_steps(c.epochs, per_epoch)
     return job.assemble(objective, c.optim, c.batch_size, total, per_epoch, shapes, c.accumulate)
-
-
-def _classification(start) -> Classification:
-    config = start.config
-    c, data = config.classify, config.data
-    mixes = mix.Mix(c.mixup, c.cutmix, c.mix_prob, c.switch_prob) if c.mixup or c.cutmix else None
-    if mixes and (config.batch_size // config.accumulate) % 2:
-        raise UserError(
-            f'batch_size is {config.batch_size} in {config.accumulate} microbatches; mixup and cutmix pair the images '
-            'of one, of which there must be an even number'
-        )
-    return Classification(
-        start.method,
-        data.num_classes,
-        tuple(data.mean),
-        tuple(data.std),
-        data.flip,
-        pool=c.pool,
-        head_scale=c.head_scale,
-        smoothing=c.smoothing,
-        erase=c.erase,
-        mixes=mixes,
-        ema=c.ema,
-        fresh=start.fresh,
-    )
 
 
 def _probing(start, encoder) -> Probing:

@@ -107,6 +107,35 @@ class Classification:
         return shares(totals)
 
 
+def build(config, method: Method, fresh: Callable[[jax.Array], Any] | None = None) -> Classification:
+    """The fine-tuning that `config` describes, of a method's encoder; `fresh` as in `Classification`.
+
+    Raises:
+      UserError: if the images of a microbatch cannot be paired for mixup and cutmix, or there is no class token.
+    """
+    c, data = config.classify, config.data
+    mixes = mix.Mix(c.mixup, c.cutmix, c.mix_prob, c.switch_prob) if c.mixup or c.cutmix else None
+    if mixes and (config.batch_size // config.accumulate) % 2:
+        raise UserError(
+            f'batch_size is {config.batch_size} in {config.accumulate} microbatches; mixup and cutmix pair the images '
+            'of one, of which there must be an even number'
+        )
+    return Classification(
+        method,
+        data.num_classes,
+        tuple(data.mean),
+        tuple(data.std),
+        data.flip,
+        pool=c.pool,
+        head_scale=c.head_scale,
+        smoothing=c.smoothing,
+        erase=c.erase,
+        mixes=mixes,
+        ema=c.ema,
+        fresh=fresh,
+    )
+
+
 def counts(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
     """Sums over the valid examples of logits (B, classes): their number, how many have their label (B,) first and among
     the first five, and the cross-entropy."""
