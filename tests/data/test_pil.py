@@ -75,7 +75,7 @@ def test_what_it_may_not_be(data, tmp_path):
             pil.prepare(tmp_path / name, data)
     deep = Image.fromarray(np.zeros((8, 8), np.uint16))
     deep.save(tmp_path / 'deep.png')
-    with pytest.raises(UserError, match='deep.png has mode I;16'):
+    with pytest.raises(UserError, match=r'deep\.png has mode I;16'):
         pil.prepare(tmp_path / 'deep.png', data)
     for wrong in (np.zeros((9, 9, 3), np.float32), np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8)):
         with pytest.raises(UserError, match=r'images\[7\] is .* uint8 array \(height, width, 3\)'):
