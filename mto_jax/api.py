@@ -136,7 +136,7 @@ class Model:
 
         Returns:
           float32 (L,) by name, one value per block: 'het' (attention entropy), 'het_token' (token entropy), 'rho'
-          (density of the masked tokens) and the others of `mto_jax.mto.statistics`.
+          (density of the masked tokens) and the others of `mto_jax.mto.diagnosis`.
 
         Raises:
           UserError: as `reconstruct`.
