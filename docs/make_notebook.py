@@ -4,9 +4,10 @@
     pip install nbformat nbclient ipykernel
     python docs/make_notebook.py
 
-The cells are below; tests/test_notebook.py compares them with the file and runs them.
+The cells are below; tests/test_notebook.py compares them with the file, and runs them on a tiny model.
 """
 
+import os
 from pathlib import Path
 
 TEXT, CODE = 'markdown', 'code'
@@ -31,13 +32,14 @@ python main.py --config=configs/quickstart.py --config.task=pretrain --config.ep
 import matplotlib.pyplot as plt
 import numpy as np
 
+absl.logging.set_verbosity('error')  # without orbax's notes
+
 from mto_jax import api
 from mto_jax.data import memory
 
-absl.logging.set_verbosity('error')
 model = api.load('runs/notebook')
 images, labels = memory.load(model.config.data, 'test')
-names = 'T-shirt trousers pullover dress coat sandal shirt sneaker bag boot'.split()
+names = ['T-shirt', 'trousers', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot']
 print(f'{type(model.method).__name__}, {model.method.arch.depth} blocks of width {model.method.arch.width}')
 print(f'images: {images.shape}, {images.dtype}')""",
     ),
@@ -67,7 +69,7 @@ similarity = unit[queries] @ unit.T
 rows = np.argsort(-similarity, axis=1)[:, :6]  # itself first
 
 fig, axes = plt.subplots(len(rows), 6, figsize=(6, 7), layout='constrained')
-for axis, i in zip(axes.flat, rows.flat):
+for axis, i in zip(axes.flat, rows.flat, strict=True):
     axis.imshow(images[i].squeeze(), cmap='gray')
     axis.set_title(names[labels[i]], fontsize=8)
     axis.axis('off')""",
@@ -92,8 +94,8 @@ Three quarters of the patches of 4 x 4 pixels are hidden (grey in the second row
         """pictures = model.reconstruct(images[queries], seed=0)
 
 fig, axes = plt.subplots(3, len(queries), figsize=(6, 3.2), layout='constrained')
-for line, name in zip(axes, ('original', 'masked', 'reconstruction')):
-    for axis, picture in zip(line, pictures[name]):
+for line, name in zip(axes, ('original', 'masked', 'reconstruction'), strict=True):
+    for axis, picture in zip(line, pictures[name], strict=True):
         axis.imshow(picture.squeeze(), cmap='gray', vmin=0, vmax=1)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -112,7 +114,7 @@ of the decoder. [method.md](method.md) defines both measures: `het` is the entro
         """blocks = model.heterogeneity(images[:256])
 
 fig, axes = plt.subplots(1, 2, figsize=(6, 2.4), layout='constrained')
-for axis, name in zip(axes, ('het', 'rho')):
+for axis, name in zip(axes, ('het', 'rho'), strict=True):
     axis.plot(blocks[name], marker='o')
     axis.set_title(name)
     axis.set_xlabel('block of the decoder')
@@ -125,6 +127,7 @@ def main():
     import nbformat
     from nbclient import NotebookClient
 
+    os.environ['TF_CPP_MIN_LOG_LEVEL'], os.environ['TF_ENABLE_ONEDNN_OPTS'] = '2', '0'  # as mto_jax.cli: no notes
     root = Path(__file__).parent.parent
     new = {TEXT: nbformat.v4.new_markdown_cell, CODE: nbformat.v4.new_code_cell}
     cells = [new[kind](text, id=f'cell-{i}') for i, (kind, text) in enumerate(CELLS)]

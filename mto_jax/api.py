@@ -37,7 +37,7 @@ WEIGHTS = ('student', 'teacher')
 Images = np.ndarray | Sequence[Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """What `load` returns.
 
@@ -141,7 +141,7 @@ class Model:
         Raises:
           UserError: as `reconstruct`.
         """
-        parts = [(blocks, count) for blocks, count in self._diagnose('blocks', images, seed)]
+        parts = list(self._diagnose('blocks', images, seed))
         if not parts[0][0]:
             raise self._no_decoder('blocks that see masked tokens')
         total = sum(count for _, count in parts)
@@ -240,6 +240,8 @@ def load(
     if weights not in WEIGHTS:
         raise UserError(f"weights is {weights!r}; it must be 'student' or 'teacher'")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise UserError(f'image_size is {image_size!r}; it must be one number of pixels, or (height, width)')
     where = epath.Path(path)
     if not where.exists():
         raise UserError(f'path is {str(path)!r}: nothing is there; give a workdir, its checkpoints/<step>, or weights')

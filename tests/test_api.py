@@ -238,6 +238,28 @@ def test_weights_from_elsewhere(monkeypatch, tmp_path, run, model, rng):
         api.load(tmp_path / 'vit.safetensors', 'teacher')
 
 
+def test_an_encoder_alone(monkeypatch, tmp_path, run, model, rng):
+    """It embeds; of what else its method cannot do, it says so."""
+    _, method, params, _ = run
+
+    class Alone(methods.Method):
+        def encode(self, params, images, *, depth=None, train=False, key=None):
+            return method.encode(params, images, depth=depth)
+
+    plain = types.ModuleType('plain')
+    plain.build = lambda config: Alone(method.arch, None)
+    monkeypatch.setitem(sys.modules, 'my.plain', plain)
+    stub(monkeypatch, small(method='my.plain'), {'encoder': params['encoder']})
+    (tmp_path / 'vit.safetensors').touch()
+    found, images = api.load(tmp_path / 'vit.safetensors'), pixels(rng, 3)
+    np.testing.assert_allclose(found.embed(images), model.embed(images), rtol=1e-4, atol=1e-5)
+    for use in (found.reconstruct, found.heterogeneity):
+        with pytest.raises(
+            UserError, match='Alone, as it was loaded, has no loss; load the checkpoint of a pre-training'
+        ):
+            use(images)
+
+
 def test_what_cannot_be_loaded(run, tmp_path, rng):
     where, *_ = run
     probe = save(small(task='probe', checkpoint='x'), tmp_path / 'probe', {'head': jnp.zeros(1)}, {})
@@ -245,6 +267,8 @@ def test_what_cannot_be_loaded(run, tmp_path, rng):
         ('nowhere', {}, "path is 'nowhere': nothing is there"),
         (where, {'weights': 'best'}, "weights is 'best'; it must be 'student' or 'teacher'"),
         (where, {'weights': 'teacher'}, 'the method has no teacher'),
+        (where, {'image_size': (28, 28, 1)}, r'image_size is \(28, 28, 1\); it must be one number'),
+        (where, {'image_size': 0}, 'image_size is 0'),
         (where, {'heads': 2}, 'heads is given, but .* is a checkpoint'),
         (probe, {}, 'the checkpoint is of a probe'),
     ):
