@@ -1,6 +1,6 @@
 """Makes docs/notebook.ipynb: executes its cells in a Jupyter kernel and saves them with their outputs.
 
-    python main.py --config=configs/quickstart.py --config.task=pretrain --config.epochs=3 --workdir=runs/notebook
+    python main.py --config=configs/quickstart.py --config.task=pretrain --config.epochs=10 --workdir=runs/notebook
     pip install nbformat nbclient ipykernel
     python docs/make_notebook.py
 
@@ -21,7 +21,7 @@ A small MAE with masked token optimization, pre-trained without labels on the 9,
 to test images. Run this in the root of a checkout, after a pre-training that takes minutes:
 
 ```bash
-python main.py --config=configs/quickstart.py --config.task=pretrain --config.epochs=3 --workdir=runs/notebook
+python main.py --config=configs/quickstart.py --config.task=pretrain --config.epochs=10 --workdir=runs/notebook
 ```
 
 [api.md](api.md) describes what is used here. `docs/make_notebook.py` made this page.""",
@@ -29,10 +29,13 @@ python main.py --config=configs/quickstart.py --config.task=pretrain --config.ep
     (
         CODE,
         """import absl.logging
-import matplotlib.pyplot as plt
-import numpy as np
 
-absl.logging.set_verbosity('error')  # without orbax's notes
+absl.logging.set_verbosity('error')  # hides orbax's notes""",
+    ),
+    (
+        CODE,
+        """import matplotlib.pyplot as plt
+import numpy as np
 
 from mto_jax import api
 from mto_jax.data import memory
