@@ -177,6 +177,7 @@ FIELDS: dict[str, Field] = {
     'model.class_token': shapes(True),
     'model.qkv_bias': shapes('qkv'),
     'model.layer_scale': shapes(0.0, at_least(0)),
+    'model.norm_eps': shapes(1e-6, above(0)),  # added to the variance in every LayerNorm
     'model.drop_path': shapes(0.0, within(0, 1), trains=True),
     'model.init': shapes('mae'),  # mae, beit, bootmae
     'model.mask_token_scale': shapes(1.0),  # factor of the mask token's initial value

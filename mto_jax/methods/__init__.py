@@ -220,7 +220,7 @@ def build(config) -> Method:
         if e.name and not module_name.startswith(e.name):
             raise
         raise UserError(
-            f'method is {name!r}: no module {module_name}; use mae, simmim, bootmae, conmim, or a module '
+            f'method is {name!r}: no module {module_name}; use mae, simmim, bootmae, conmim, encoder, or a module '
             'of your own beside main.py or in a folder of PYTHONPATH'
         ) from None
     if not hasattr(module, 'build'):
@@ -250,6 +250,7 @@ def architecture(config) -> vit.Architecture:
         class_token=m.class_token,
         qkv_bias=m.qkv_bias,
         layer_scale=m.layer_scale,
+        norm_eps=m.norm_eps,
         drop_path=m.drop_path,
         mask_token_scale=m.mask_token_scale,
         mask_token_norm=m.mask_token_norm,

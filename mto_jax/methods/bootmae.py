@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         x = embedded + jnp.where(masked[..., None], positions, 0).astype(a.dtype)
         seen = Conditioning(masked=masked, tokens=embedded, memory=memory)
         out = vit.Transformer(a, self.attends, name='blocks')(x, seen, train=train)
-        x = layer_norm('norm')(out.tokens[:, a.num_prefix :]).astype(a.dtype)
+        x = layer_norm('norm', a.norm_eps)(out.tokens[:, a.num_prefix :]).astype(a.dtype)
         return x, methods.Stack(masks.mask, patches, out.stats, a.depth)
 
 

@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         positions = jnp.pad(position.sincos_2d(a.grid, a.width), ((a.num_prefix, 0), (0, 0)))
         seen = Conditioning(masked=vit.prefix_false(masks.mask, a.num_prefix), tokens=embedded)
         out = vit.Transformer(a, self.attends, name='blocks')(embedded + positions.astype(a.dtype), seen, train=train)
-        x = layer_norm('norm')(out.tokens).astype(a.dtype)
+        x = layer_norm('norm', a.norm_eps)(out.tokens).astype(a.dtype)
         x = nn.Dense(outputs, dtype=a.dtype, kernel_init=flat_xavier, name='pred')(x[:, a.num_prefix :])
         return x, methods.Stack(masks.mask, patches, out.stats, a.depth)
 

@@ -20,19 +20,21 @@ class Head(nn.Module):
       num_prefix: how many tokens are no patches.
       pool: 'fc_norm' is the mean of the patch tokens, then a norm; 'mean' that mean; 'class' the class token.
       scale: standard deviation of the kernel's initial values.
+      norm_eps: of that norm.
     """
 
     num_classes: int
     num_prefix: int
     pool: str
     scale: float
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Tokens (B, P + N, D) to float32 logits (B, classes)."""
         x = pooled(tokens, self.num_prefix, 'class' if self.pool == 'class' else 'mean')
         if self.pool == 'fc_norm':
-            x = layer_norm('fc_norm')(x)
+            x = layer_norm('fc_norm', self.norm_eps)(x)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(self.scale), name='linear')(x)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -39,9 +40,9 @@ def split_xavier(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> j
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm with eps 1e-6, computed and returned in float32."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
+def layer_norm(name: str, eps: float) -> nn.LayerNorm:
+    """LayerNorm, computed and returned in float32; `eps` is added to the variance."""
+    return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, name=name)
 
 
 class BatchNorm(nn.Module):
@@ -156,7 +157,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention, cross-attention where there is a memory, and MLP (exact GELU).
 
     Attributes:
-      heads, mlp_ratio, qkv_bias: as in `vit.Architecture`.
+      heads, mlp_ratio, qkv_bias, norm_eps: as in `vit.Architecture`.
       kernel_init, out_init: initialisers of the first and of the last matrix of each branch.
       qkv_init, head_width: as in `Attention`.
       layer_scale: initial value of the per-channel scale of each branch; 0 for none.
@@ -172,6 +173,7 @@ class Block(nn.Module):
     qkv_init: Initializer | None = None
     head_width: int = 0
     layer_scale: float = 0.0
+    norm_eps: float = 1e-6
     drop_path: float = 0.0
     attend: Attend = DotProduct()
     dtype: Dtype = jnp.float32
@@ -180,6 +182,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, seen: Conditioning, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x (B, N, D) to (B, N, D), and the statistics of `attend`."""
         width = x.shape[-1]
+        norm = partial(layer_norm, eps=self.norm_eps)
 
         def branch(y, name):
             if self.layer_scale:
@@ -192,13 +195,13 @@ class Block(nn.Module):
             parts = {'head_width': self.head_width, 'attend': attend, 'dtype': self.dtype}
             return Attention(self.heads, self.qkv_bias, **inits, **parts, name=name)
 
-        y, stats = attention('attn', self.attend)(layer_norm('norm1')(x), seen)
+        y, stats = attention('attn', self.attend)(norm('norm1')(x), seen)
         x = x + branch(y, 'attn')
         if seen.memory is not None:
-            queries, memory = layer_norm('norm_queries')(x), layer_norm('norm_memory')(seen.memory)
+            queries, memory = norm('norm_queries')(x), norm('norm_memory')(seen.memory)
             y, _ = attention('cross_attn', DotProduct())(queries, Conditioning(), memory)
             x = x + branch(y, 'cross_attn')
         hidden = int(width * self.mlp_ratio)
-        y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(layer_norm('norm2')(x))
+        y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(norm('norm2')(x))
         y = nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name='mlp_out')(nn.gelu(y, approximate=False))
         return x + branch(y, 'mlp'), stats

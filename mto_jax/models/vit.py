@@ -44,6 +44,7 @@ class Architecture:
       class_token: prepend a class token.
       qkv_bias: which of queries, keys, values have a bias.
       layer_scale: initial value, 0 for none.
+      norm_eps: added to the variance in every LayerNorm.
       drop_path: rate of the last block; it grows linearly from 0.
       mask_token_scale: factor of the mask token's initial value.
       mask_token_norm: length that the mask token is scaled to; 0 leaves it free.
@@ -68,6 +69,7 @@ class Architecture:
     class_token: bool = True
     qkv_bias: str = 'qkv'
     layer_scale: float = 0.0
+    norm_eps: float = 1e-6
     drop_path: float = 0.0
     mask_token_scale: float = 1.0
     mask_token_norm: float = 0.0
@@ -192,6 +194,7 @@ class Transformer(nn.Module):
                 qkv_init=a.qkv_init,
                 head_width=a.head_width,
                 layer_scale=a.layer_scale,
+                norm_eps=a.norm_eps,
                 drop_path=a.drop_path * i / max(a.depth - 1, 1),
                 attend=attends[i] or plain,
                 dtype=a.dtype,
@@ -278,7 +281,7 @@ class ViT(nn.Module):
         if mask is not None:
             seen = seen.replace(masked=prefix_false(mask, a.num_prefix), tokens=prepend(cls, embedded))
         out = Transformer(a, self.attends, self.taps, name='blocks')(x, seen, train=train, depth=depth)
-        norm = layer_norm('norm')  # has parameters only where it is applied
+        norm = layer_norm('norm', a.norm_eps)  # has parameters only where it is applied
 
         def finished(x, depth):
             return norm(x).astype(a.dtype) if depth is None else x

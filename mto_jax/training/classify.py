@@ -57,7 +57,8 @@ class Classification:
 
     @property
     def head(self) -> Head:
-        return Head(self.num_classes, self.method.arch.num_prefix, self.pool, self.head_scale)
+        arch = self.method.arch
+        return Head(self.num_classes, arch.num_prefix, self.pool, self.head_scale, arch.norm_eps)
 
     def init(self, key):
         encoder_key, head_key = jax.random.split(key)
