@@ -37,7 +37,7 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
         try:
             job(_CONFIG.value, epath.Path(_WORKDIR.value or _CONFIG.value.workdir or f'runs/{name}'))
         except UserError as e:
-            _stop(str(e))
+            stop(str(e))
 
     app.run(main, flags_parser=_parse)
 
@@ -51,12 +51,13 @@ def _parse(argv):
     except (AttributeError, KeyError) as e:
         # ml_collections wraps the message of one error in another.
         words = ' '.join(re.sub(r"\\n|[\\']", ' ', str(e.args[0])).strip(' "').split())
-        _stop(f'unknown config field: {words}; mto_jax/config.py lists all fields')
+        stop(f'unknown config field: {words}; mto_jax/config.py lists all fields')
     except (flags.Error, OSError) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        _stop(lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}')
+        stop(lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}')
 
 
-def _stop(problem: str):
+def stop(problem: str):
+    """End with one line on stderr and exit code 2."""
     print(f'error: {problem}', file=sys.stderr)
     sys.exit(2)

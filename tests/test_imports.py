@@ -18,9 +18,9 @@ LAYERS = [
     {'models', 'data'},
     {'methods'},
     {'training'},
-    {'evals', 'analysis'},
+    {'evals', 'analysis', 'exchange'},
     {'tasks', 'studies'},
-    {'tools', 'api'},
+    {'tools', 'api', 'convert'},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -113,7 +113,9 @@ def _pickled(path: Path, key: str) -> dict[str, np.ndarray]:
             found = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         refused = next((line.strip() for line in str(e).splitlines() if 'GLOBAL' in line.upper()), _first_line(e))
-        raise UserError(f'{path} holds more than weights and is refused, nothing in it was run ({refused[:200]})') from None
+        raise UserError(
+            f'{path} holds more than weights and is refused, nothing in it was run ({refused[:200]})'
+        ) from None
     except Exception as e:  # whatever a reader makes of a damaged file
         raise UserError(f'{path} is no intact PyTorch file ({_first_line(e)})') from None
     if key or isinstance(found, Mapping):
@@ -137,6 +139,12 @@ def _first_line(e: Exception) -> str:
     return next(iter(str(e).splitlines()), type(e).__name__)[:200]
 
 
+def require_new(folder: Path) -> None:
+    """Raises UserError if there is something of that name."""
+    if folder.exists():
+        raise UserError(f'{folder} exists; choose another --to, or remove it')
+
+
 @contextlib.contextmanager
 def created(folder: str | Path) -> Iterator[Path]:
     """A new folder to fill, which appears under its name once it is complete, or not at all.
@@ -145,8 +153,7 @@ def created(folder: str | Path) -> Iterator[Path]:
       UserError: if there is something of that name, or it cannot be made.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise UserError(f'{folder} exists; choose another --to, or remove it')
+    require_new(folder)
     part = folder.parent / f'.{folder.name}.{uuid.uuid4().hex[:8]}.part'
     try:
         part.mkdir(parents=True)

@@ -19,7 +19,11 @@ from mto_jax.masking import num_visible
 from mto_jax.models import vit
 
 HEADS = {width: heads for _, width, heads in vit.SIZES.values()}  # by width, of the standard sizes
-SETTINGS = {'layer_norm_eps': 'norm_eps', 'num_attention_heads': 'heads', 'decoder_num_attention_heads': 'decoder_heads'}
+SETTINGS = {
+    'layer_norm_eps': 'norm_eps',
+    'num_attention_heads': 'heads',
+    'decoder_num_attention_heads': 'decoder_heads',
+}
 
 # Hugging Face's names before transformers 5, and today's.
 RENAMED = (
@@ -48,7 +52,7 @@ FOREIGN = {
     r'norm_pre\..*': 'a norm before the blocks',
     r'.*\.(q_norm|k_norm)\..*': 'norms of queries and keys',
     r'attn_pool\..*': 'attention pooling',
-    r'(blocks|layers)\.\d+\..*relative_position_bias_table': 'a relative-position table in each block; here all share one',
+    r'(blocks|layers)\.\d+\..*relative_position_bias_table': 'relative positions in each block (here all share them)',
     r'.*mlp\.(fc1_g|fc1_x|w1|w2|w12)\..*': 'a gated MLP',
     r'.*patch_embed\.backbone\..*|patch_embed\.proj\.\d+\..*': 'a stem of several convolutions',
 }
@@ -169,7 +173,9 @@ def _usable(arrays, kind):
     """Without what is left out, and notes about that; raises where there are parts that our models lack."""
     foreign = {w: n for p, w in FOREIGN.items() for n in arrays if re.fullmatch(p, n)}
     if foreign:
-        raise UserError('the model has what models here have not: ' + ', '.join(f'{w} ({n})' for w, n in foreign.items()))
+        raise UserError(
+            'the model has what models here have not: ' + ', '.join(f'{w} ({n})' for w, n in foreign.items())
+        )
     unused = {
         name: words
         for pattern, words in LEFT_OUT.get(kind, {}).items()
@@ -251,7 +257,9 @@ class _Reading:
         if self.prefix + self.style.relative in self.arrays:
             table = self.array(self.style.relative, 2)
             if self.setting('heads', table.shape[1]) != table.shape[1]:
-                raise UserError(f'heads is {self.setting("heads")}; the table of relative positions has {table.shape[1]}')
+                raise UserError(
+                    f'heads is {self.setting("heads")}; the table of relative positions has {table.shape[1]}'
+                )
             return table.shape[1]
         width = self.array(f'{self.style.patch}.weight', 4).shape[0]
         heads = self.setting('heads', self._timm('num_heads', HEADS.get(width)))
@@ -297,7 +305,9 @@ class _Reading:
         for kind in ('none', 'sincos', 'sincos_rows'):
             if kind != 'none' and m.width % 4:
                 continue
-            arch = vit.Architecture(image_size, 1, m.patch_size, 1, m.width, 1, position=kind, class_token=m.class_token)
+            arch = vit.Architecture(
+                image_size, 1, m.patch_size, 1, m.width, 1, position=kind, class_token=m.class_token
+            )
             value = tables.positions(arch)
             if value.shape == table.shape and np.abs(value - table).max() <= tables.TOLERANCE:
                 return kind

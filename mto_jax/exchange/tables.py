@@ -84,7 +84,7 @@ def pixel_convolution(ours: str, theirs: str, patch: int) -> Row:
 
 
 def pixel_transposed(ours: str, bias: str, theirs: str, patch: int) -> Row:
-    """A linear layer to patches, with one bias per colour, against a transposed convolution (in, channel, row, column)."""
+    """A linear layer to patches, one bias per colour, against a transposed convolution (in, channel, row, column)."""
     return Row(
         (f'{ours}/kernel', bias),
         (f'{theirs}.weight', f'{theirs}.bias'),
@@ -238,7 +238,7 @@ def block(ours: str, theirs: str, style: Style, arch: vit.Architecture) -> list[
 
 
 def positions(arch: vit.Architecture) -> np.ndarray:
-    """The table (1, P + N, D) of an architecture's fixed positions, zeros for prefix tokens and where there are none."""
+    """An architecture's fixed positions (1, P + N, D): zeros for prefix tokens, and where there are none."""
     shape = (arch.num_patches, arch.width)
     sincos = arch.position.startswith('sincos')
     table = position.sincos_2d(arch.grid, arch.width, arch.position == 'sincos_rows') if sincos else np.zeros(shape)

@@ -222,6 +222,24 @@ class Checkpointer:
         """One item of `step` alone: 'params', or 'model_state.' and an entry. Raises as `restore`."""
         return self._read({name: abstract}, step)[name]
 
+    def items(self, step: int) -> set[str]:
+        """The names of the items of `step`."""
+        return {p.name for p in (self.directory / str(step)).glob('*') if p.is_dir()}
+
+    def shapes(self, step: int, item: str) -> Any:
+        """The tree of a saved item, with jax.ShapeDtypeStruct leaves: for `restore_item`, where no method gives it.
+
+        Raises:
+          Damaged: if it cannot be read.
+        """
+        try:
+            tree = self._manager.item_metadata(step)[item].tree
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree, is_leaf=lambda x: hasattr(x, 'shape')
+            )
+        except Exception as e:
+            raise Damaged(f'the checkpoint {self.directory / str(step)} cannot be read ({_first_line(e)})') from e
+
     def _read(self, items: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         where = self.directory / str(step)
         try:
