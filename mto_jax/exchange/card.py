@@ -1,7 +1,6 @@
 """The model card that lies next to an export: what it is, what it was trained with, and what was measured."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -11,7 +10,7 @@ from mto_jax.exchange.model import Weights
 from mto_jax.exchange.targets import Export
 from mto_jax.runtime.log import read_history
 
-SHOWN = ('task', 'seed', 'epochs', 'batch_size', 'mask_ratio', 'checkpoint')  # fields, whatever their value
+SHOWN = ('task', 'method', 'seed', 'epochs', 'batch_size', 'mask_ratio', 'checkpoint')  # fields, whatever their value
 
 
 def card(export: Export, weights: Weights, source: Path, trained: bool) -> str:
@@ -53,11 +52,17 @@ def _listed(numbers) -> str:
 
 
 def _training(weights) -> list[str]:
-    """The config, in the fields that say something."""
-    fields = [
-        (n, v) for n, v in values(weights.config) if n in SHOWN or (FIELDS[n].shapes_run and v != FIELDS[n].default)
+    """The config, in the fields that say something of this run."""
+    c = weights.config
+    used = {c.method, 'classify' if c.task == 'finetune' else c.method}
+    groups = {'mae', 'simmim', 'bootmae', 'conmim', 'classify', 'probe'} - used  # of other methods and tasks
+    rows = [
+        f'| `{name}` | `{value}` |'
+        for name, value in values(c)
+        if (name in SHOWN or (FIELDS[name].shapes_run and value != FIELDS[name].default))
+        and name.split('.')[0] not in groups
+        and not isinstance(value, ConfigDict)
     ]
-    rows = [f'| `{name}` | `{value}` |' for name, value in fields if not isinstance(value, Mapping | ConfigDict)]
     return ['What differs from the defaults of mto_jax:', '', '| field | value |', '|---|---|', *rows]
 
 

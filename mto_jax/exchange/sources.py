@@ -25,15 +25,17 @@ SETTINGS = {
     'decoder_num_attention_heads': 'decoder_heads',
 }
 
-# Hugging Face's names before transformers 5, and today's.
+# Names that transformers 5 has in memory, and in some files, and those in published checkpoints.
+LETTERS = {'q': 'query', 'k': 'key', 'v': 'value'}
 RENAMED = (
     (r'^(vit|beit)\.', ''),
-    (r'^encoder\.layer\.', 'layers.'),
-    (r'^encoder\.relative_position_bias\.', 'shared_position_bias.'),
-    (r'attention\.attention\.(query|key|value)\.', lambda m: f'attention.{m[1][0]}_proj.'),
-    (r'attention\.output\.dense\.', 'attention.o_proj.'),
-    (r'intermediate\.dense\.', 'mlp.fc1.'),
-    (r'output\.dense\.', 'mlp.fc2.'),
+    (r'^layers\.', 'encoder.layer.'),
+    (r'^decoder\.decoder_encoder\.layer\.', 'decoder.decoder_layers.'),
+    (r'^shared_position_bias\.', 'encoder.relative_position_bias.'),
+    (r'\.attention\.([qkv])_proj\.', lambda m: f'.attention.attention.{LETTERS[m[1]]}.'),
+    (r'\.attention\.o_proj\.', '.attention.output.dense.'),
+    (r'\.mlp\.fc1\.', '.intermediate.dense.'),
+    (r'\.mlp\.fc2\.', '.output.dense.'),
 )
 # Arrays that may be there and have no place here, and what they are.
 LEFT_OUT = {
@@ -52,7 +54,7 @@ FOREIGN = {
     r'norm_pre\..*': 'a norm before the blocks',
     r'.*\.(q_norm|k_norm)\..*': 'norms of queries and keys',
     r'attn_pool\..*': 'attention pooling',
-    r'(blocks|layers)\.\d+\..*relative_position_bias_table': 'relative positions in each block (here all share them)',
+    r'(blocks|encoder\.layer)\.\d+\..*relative_position_bias_table': 'relative positions in each block (here all share them)',
     r'.*mlp\.(fc1_g|fc1_x|w1|w2|w12)\..*': 'a gated MLP',
     r'.*patch_embed\.backbone\..*|patch_embed\.proj\.\d+\..*': 'a stem of several convolutions',
 }
@@ -117,9 +119,10 @@ def _weights(source, hints):
 
 
 def _renamed(arrays):
+    """With Hugging Face's published names, where they are Hugging Face's."""
     if not any('patch_embeddings.projection.' in name for name in arrays):
         return arrays
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         new = name
         for pattern, to in RENAMED:
@@ -127,6 +130,9 @@ def _renamed(arrays):
         if new in out:
             raise UserError(f'{name} and another array are both {new}')
         out[new] = array
+    if 'classifier.weight' not in out and 'layernorm.weight' not in out:
+        # BeitModel with mean pooling has its only norm behind it.
+        out = {re.sub(r'^pooler\.layernorm\.', 'layernorm.', name): array for name, array in out.items()}
     return out
 
 
@@ -150,11 +156,12 @@ def _recognised(arrays, config):
     def has(pattern):
         return any(re.match(pattern, name) for name in arrays)
 
-    beit = r'(layers\.0\.lambda_1|blocks\.0\.gamma_1|.*relative_position_bias_table|blocks\.0\.attn\.q_bias)'
+    beit = r'(encoder\.layer\.0\.lambda_1|blocks\.0\.gamma_1|.*relative_position_bias_table|blocks\.0\.attn\.q_bias)'
     if 'embeddings.patch_embeddings.projection.weight' in arrays:
         if 'decoder.decoder_embed.weight' in arrays:
             return 'hf_mae'
-        no_key = has(r'layers\.0\.attention\.q_proj\.bias') and not has(r'layers\.0\.attention\.k_proj\.bias')
+        query, key = (f'encoder.layer.0.attention.attention.{name}.bias' in arrays for name in ('query', 'key'))
+        no_key = query and not key
         return 'hf_beit' if config.get('model_type') == 'beit' or has(beit) or no_key else 'hf_vit'
     if 'encoder.patch_embed.proj.weight' in arrays:
         return 'simmim'

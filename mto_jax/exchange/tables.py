@@ -191,26 +191,29 @@ class Style:
 TIMM = Style()
 # BEiT's official code, those derived from it (SimMIM, BootMAE, ConMIM), and timm's Beit.
 BEIT = Style(gammas=('gamma_1', 'gamma_2'), biases={'q': 'attn.q_bias', 'v': 'attn.v_bias'}, table=False)
+# The names in published checkpoints, which transformers 4 and 5 load and 5 still writes.
 HF_VIT = Style(
     patch='embeddings.patch_embeddings.projection',
     cls='embeddings.cls_token',
     mask='embeddings.mask_token',
     pos='embeddings.position_embeddings',
     norm='layernorm',
-    relative='shared_position_bias.relative_position_bias_table',
-    block='layers.{}',
+    relative='encoder.relative_position_bias.relative_position_bias_table',
+    block='encoder.layer.{}',
     norm1='layernorm_before',
-    qkv=('attention.q_proj', 'attention.k_proj', 'attention.v_proj'),
-    biases={letter: f'attention.{letter}_proj.bias' for letter in 'qkv'},
-    proj='attention.o_proj',
+    qkv=tuple(f'attention.attention.{name}' for name in ('query', 'key', 'value')),
+    biases={name[0]: f'attention.attention.{name}.bias' for name in ('query', 'key', 'value')},
+    proj='attention.output.dense',
     norm2='layernorm_after',
+    mlp_in='intermediate.dense',
+    mlp_out='output.dense',
     gammas=(),
     head='classifier',
     head_norm='pooler.layernorm',
 )
 HF_BEIT = dataclasses.replace(
     HF_VIT,
-    biases={letter: f'attention.{letter}_proj.bias' for letter in 'qv'},
+    biases={name[0]: f'attention.attention.{name}.bias' for name in ('query', 'value')},
     gammas=('lambda_1', 'lambda_2'),
     table=False,
 )

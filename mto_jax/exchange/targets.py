@@ -1,6 +1,7 @@
 """Weights in the form of another library: which of its classes holds them, its names and its config.json."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -152,6 +153,7 @@ def _vit_mae(weights):
         layer_scale=bool(a.layer_scale),
         a_mask_token_of_fixed_length=bool(a.mask_token_norm),
         MTO_in_the_attention_of_the_decoder=bool(mto.enabled and mto.recalibration != 'none'),
+        a_number_of_patches_that_is_no_square=math.isqrt(a.num_patches) ** 2 != a.num_patches,
     )
     if problems:
         return name, problems
