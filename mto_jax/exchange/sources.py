@@ -54,7 +54,7 @@ FOREIGN = {
     r'norm_pre\..*': 'a norm before the blocks',
     r'.*\.(q_norm|k_norm)\..*': 'norms of queries and keys',
     r'attn_pool\..*': 'attention pooling',
-    r'(blocks|encoder\.layer)\.\d+\..*relative_position_bias_table': 'relative positions in each block (here all share them)',
+    r'(blocks|encoder\.layer)\.\d+\..*relative_position_bias_table': 'a table of relative positions in each block',
     r'.*mlp\.(fc1_g|fc1_x|w1|w2|w12)\..*': 'a gated MLP',
     r'.*patch_embed\.backbone\..*|patch_embed\.proj\.\d+\..*': 'a stem of several convolutions',
 }

@@ -79,6 +79,7 @@ SIZES = {
         'data__image_size': (24, 24),
     },
     'wide_image': {'data__image_size': (16, 48)},
+    'large_eps': {'model__norm_eps': 1e-3},
     'grey': {'data__channels': 1, 'data__mean': (0.3,), 'data__std': (0.4,)},
     'learned': {'model__position': 'learned'},
     'rows_first': {'model__position': 'sincos_rows'},
