@@ -48,20 +48,27 @@ def export(weights: Weights, target: str, part: str = 'all') -> Export:
     """
     if target not in TARGETS:
         raise UserError(f'target is {target!r}; it must be one of {", ".join(TARGETS)}')
-    whole = part == 'all' and isinstance(weights.method, MAE) and target != 'timm' and not weights.head
+    whole = part == 'all' and isinstance(weights.method, MAE) and target in WHOLE
     kept = weights if whole else encoder_alone(weights)
+    found, reasons = _first((WHOLE[target],) if whole else ENCODERS[target], kept)
+    if found:
+        left = {_part(name) for name in weights.flat()} - {_part(name) for name in kept.flat()}
+        return dataclasses.replace(found, left_out=tuple(sorted(left)))
+    ways = ['--part=encoder leaves the decoder out'] if whole else []
+    ways += [f'--target={t} can' for t in TARGETS if not whole and t != target and _first(ENCODERS[t], kept)[0]]
+    raise UserError('; '.join([f'{target} cannot express these weights ({"; ".join(reasons)})', *ways]))
+
+
+def _first(classes, weights) -> tuple[Export | None, list[str]]:
+    """What the first class that can hold the weights makes of them, or what each of them cannot express."""
     reasons = []
-    for make in CLASSES[target]:
-        found = make(kept)
+    for make in classes:
+        found = make(weights)
         if isinstance(found, Export):
-            gone = sorted({_part(n) for n in weights.flat()} - {_part(n) for n in kept.flat()})
-            return dataclasses.replace(found, left_out=tuple(gone))
-        reasons += [f'{name}: {", ".join(problems)}' for name, problems in (found,) if problems]
-    others = [t for t in TARGETS if t != target and any(isinstance(make(kept), Export) for make in CLASSES[t])]
-    can = f'; --target={others[0]} can' if others else ''
-    if whole:
-        can += '; --part=encoder leaves the decoder out'
-    raise UserError(f'{target} cannot express these weights ({"; ".join(reasons)}){can}')
+            return found, []
+        name, problems = found
+        reasons.append(f'{name}: {", ".join(problems)}')
+    return None, reasons
 
 
 def _part(name: str) -> str:
@@ -145,8 +152,6 @@ def _load_huggingface(name: str, more: str = '') -> str:
 
 def _vit_mae(weights):
     name = 'ViTMAEForPreTraining'
-    if not isinstance(weights.method, MAE):
-        return name, []
     a, d, mto = weights.method.arch, weights.method.decoder, weights.config.mto
     problems = _problems(
         no_class_token=not a.class_token,
@@ -181,7 +186,7 @@ def _vit(weights):
         layer_scale=bool(a.layer_scale),
         a_head_on_the_mean_of_the_patches=weights.pool in ('mean', 'fc_norm'),
     )
-    if problems or isinstance(weights.method, MAE):
+    if problems:
         return name, problems
     config = _huggingface(weights, name, 'vit', qkv_bias=bool(a.qkv_bias))
     load = _load_huggingface(name, '' if weights.head else ', add_pooling_layer=False')
@@ -198,7 +203,7 @@ def _beit(weights):
         a_grid_of_patches_that_is_not_square=a.grid[0] != a.grid[1],
         a_head_on_the_mean_of_normalised_patches=weights.pool == 'mean',
     )
-    if problems or isinstance(weights.method, MAE):
+    if problems:
         return name, problems
     config = _huggingface(
         weights,
@@ -331,6 +336,6 @@ def _official(weights):
     return _made(name, kind, weights, {}, {}, load)
 
 
-# Of each target, what may hold the weights: the first that can does. Each gives an `Export`, or its name and what it
-# cannot express.
-CLASSES = {'huggingface': (_vit_mae, _vit, _beit), 'timm': (_timm_vit, _timm_beit), 'mae': (_official,)}
+# What may hold the weights in each target. Each gives an `Export`, or its name and what it cannot express.
+WHOLE = {'huggingface': _vit_mae, 'mae': _official}  # an MAE with its decoder
+ENCODERS = {'huggingface': (_vit, _beit), 'timm': (_timm_vit, _timm_beit), 'mae': (_official,)}

@@ -1,10 +1,9 @@
 """Conversion: round trips, what is read from shapes, damaged and foreign files, and the command from end to end."""
 
-import json
+import re
 import subprocess
 import sys
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -299,7 +298,7 @@ def refused(capsys, folder, source, words, *flags):
     line = capsys.readouterr().err
     assert line.startswith('error: ')
     assert line.count('\n') == 1
-    assert __import__('re').search(words, line), line
+    assert re.search(words, line), line
     assert sorted(folder.rglob('*')) == before
 
 
@@ -331,10 +330,8 @@ def test_other_things_are_refused(rng, tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, good, r'mean has 2 values', '--heads=4', '--mean=0.5,0.5')
     refused(capsys, tmp_path, good, r'unrecognized arguments: --size=3; --help', '--size=3')
     refused(capsys, tmp_path, good, r"target is 'keras'", '--heads=4', '--target=keras')
-    files.save_json(
-        tmp_path / 'index' / files.INDEX if (tmp_path / 'index').mkdir() else None or tmp_path / 'index' / files.INDEX,
-        {'weight_map': {'a': '../x.safetensors'}},
-    )
+    (tmp_path / 'index').mkdir()
+    files.save_json(tmp_path / 'index' / files.INDEX, {'weight_map': {'a': '../x.safetensors'}})
     refused(capsys, tmp_path, tmp_path / 'index', r'names files that are not in its folder')
     (tmp_path / 'hf').mkdir()
     file(tmp_path / 'hf' / 'model.safetensors', arrays(encoder, 'hf_vit'))
@@ -393,7 +390,7 @@ def test_a_decoder_that_is_another_there(rng, tmp_path, fields):
     assert 'Not in this export: decoder.' in (tmp_path / 'mae' / 'README.md').read_text()
 
 
-# ----------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_out_of_a_run_and_in_again(pretrained, tmp_path, capsys):  # noqa: F811
@@ -420,16 +417,15 @@ def test_out_of_a_run_and_in_again(pretrained, tmp_path, capsys):  # noqa: F811
         c.data.name, c.data.data_dir = 'fashion_mnist_12k', 'data'
         c.data.train_split, c.data.test_split, c.data.eval_resize = 'train[:130]', 'test[:70]', 0
         scores.append(tasks.run(c, tmp_path / 'knn'))
-    assert {k: v for k, v in scores[0].items() if k != 'checkpoint'} == {
-        k: v for k, v in scores[1].items() if k != 'checkpoint'
-    }
+    same = [{k: v for k, v in found.items() if k not in ('checkpoint', 'step')} for found in scores]
+    assert same[0] == same[1]
     with pytest.raises(SystemExit):
         convert.main([f'--from={tmp_path / "hf"}', f'--to={tmp_path / "run"}'])
     assert 'run exists; choose another --to' in capsys.readouterr().err
 
 
 def test_a_fine_tuned_run(pretrained, tmp_path, capsys):  # noqa: F811
-    """Averaged weights and head, out to timm, in to a workdir, out again: the same bits; and its accuracy on the card."""
+    """Averaged weights and head, out, in and out again: the same bits; its accuracy is on the card."""
     c = cut_down(finetune.get_config('vit_b'), pretrained)
     c.classify.ema, c.epochs, c.optim.warmup_epochs = 0.5, 0.5, 0.0
     report = tasks.run(c, tmp_path / 'tuned')
@@ -468,5 +464,3 @@ def test_the_command_itself(tmp_path):
     assert '--from' in shown.stdout
     wrong = subprocess.run([sys.executable, '-m', 'mto_jax.convert', '--to=x'], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.count('\n')) == (2, 1)
-    assert not jax.tree.leaves({})
-    assert json.loads('{}') == {}
