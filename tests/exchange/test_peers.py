@@ -1,9 +1,21 @@
 """Converted models against Hugging Face's own, in both directions: features of every layer, logits, loss."""
 
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import re
+import sys
+import types
+
+import jax
 import numpy as np
 import pytest
 
-from mto_jax import exchange
+from mto_jax import convert, exchange
+from mto_jax.exchange import files, tables, targets
+from mto_jax.models import vit
 from tests.conftest import forward
 from tests.exchange import made
 
@@ -24,8 +36,6 @@ def transformers(torch):
 
 def loaded(transformers, folder, **kwargs):
     """The class that an export names, with its weights: none may be missing or left over."""
-    import json
-
     name = json.loads((folder / 'config.json').read_text())['architectures'][0]
     model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **kwargs)
     assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
@@ -221,3 +231,149 @@ def test_the_image_processor(rng, transformers, torch, tmp_path):
     d = weights.config.data
     want = (0.2 - np.array(d.mean)) / np.array(d.std)
     np.testing.assert_allclose(pixels[0].transpose(1, 2, 0), np.broadcast_to(want, (32, 32, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('size', ['nano', 'ti', 's', 'b'])
+def test_mae_of_the_standard_sizes(rng, torch, transformers, tmp_path, size, dtype):
+    """Their widths and heads, two blocks deep: features, reconstruction, loss and gradients by every parameter."""
+    _, width, heads = vit.SIZES[size]
+    decoder = {'mae__decoder_width': 512, 'mae__decoder_heads': 16, 'mae__decoder_depth': 1} if size == 'b' else {}
+    weights = made.weights(rng, 'mae', model__width=width, model__heads=heads, **decoder)
+    fresh = weights.method.init(jax.random.key(0))[0]  # of the size that trained weights have
+    weights = dataclasses.replace(weights, params=jax.tree.map(np.asarray, fresh))
+    peer = exported(transformers, weights, tmp_path / 'out')
+    weights.config.model.dtype = dtype
+    weights = dataclasses.replace(weights)
+    exact = dtype == 'float32'
+    x = made.images(rng, weights)
+    noise = rng.uniform(size=(len(x), 16)).astype(np.float32)
+
+    def loss_fn(params):
+        out = forward(weights.method, params, x, noise=noise)
+        return out.losses['reconstruction'], out.predictions
+
+    (loss, predictions), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(weights.params)
+    out = peer(channels_first(torch, x), noise=torch.tensor(noise))
+    out.loss.backward()
+    assert float(loss) == pytest.approx(out.loss.item(), rel=1e-4 if exact else 5e-3)
+    np.testing.assert_allclose(predictions, out.logits.detach().numpy(), atol=1e-4 if exact else 0.1)
+    mine = dataclasses.replace(weights, params=jax.tree.map(np.asarray, grads))
+    mine = targets.export(mine, 'huggingface').arrays
+    # Under published names, as it saves itself; of key biases only rounding is left.
+    for p in peer.parameters():
+        p.data = p.grad if p.requires_grad else p.data
+    peer.save_pretrained(tmp_path / 'gradients')
+    theirs = files.load(tmp_path / 'gradients').arrays
+    theirs = {re.sub('decoder_encoder.layer', 'decoder_layers', n): g for n, g in theirs.items()}
+    assert theirs.keys() == mine.keys()
+    theirs = {n: g for n, g in theirs.items() if not n.endswith(('key.bias', 'position_embeddings', 'pos_embed'))}
+    error = np.sqrt(sum(np.square(mine[n] - g).sum() for n, g in theirs.items()))
+    assert error < (1e-4 if exact else 0.03) * np.sqrt(sum(np.square(g).sum() for g in theirs.values()))
+
+
+# ------------------------------------------------------------------------------------------------------ pickled files
+
+
+class Evil:
+    """Would make a folder if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+class Other:
+    """Does nothing, but is no weights."""
+
+
+def refused(capsys, source, words, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        convert.main([f'--from={source}', f'--to={source.parent / "out"}', *flags])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith('error: ')
+    assert line.count('\n') == 1
+    assert re.search(words, line), line
+    assert sorted(p.name for p in source.parent.iterdir()) == [source.name]
+
+
+def test_pickled_files(rng, torch, tmp_path, monkeypatch):
+    """As official codes save them: weights next to an optimizer and settings, of which none is run or needed."""
+    mae, simmim = made.weights(rng, 'mae'), made.weights(rng, 'simmim')
+
+    class CfgNode(dict):
+        pass
+
+    module = types.ModuleType('yacs.config')
+    module.CfgNode, CfgNode.__module__, CfgNode.__qualname__ = CfgNode, 'yacs.config', 'CfgNode'
+    monkeypatch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+    monkeypatch.setitem(sys.modules, 'yacs.config', module)
+    config = CfgNode(MODEL=CfgNode(NAME='simmim'))
+    config.frozen = True
+    tensors = [{n: torch.tensor(a) for n, a in arrays(w, k).items()} for w, k in ((mae, 'mae'), (simmim, 'simmim'))]
+    more = {'optimizer': {'state': {}, 'param_groups': [{'lr': 0.1}]}, 'epoch': 3}
+    torch.save({'model': tensors[0], 'args': argparse.Namespace(lr=0.1), **more}, tmp_path / 'mae.pth')
+    torch.save({'model': tensors[1], 'config': config, **more}, tmp_path / 'simmim.pth')
+    torch.save({f'module.{n}': t for n, t in tensors[0].items()}, tmp_path / 'bare.bin')
+    ema = {n: t + 1 if n == 'norm.bias' else t for n, t in tensors[0].items()}
+    torch.save({'model': tensors[0], 'model_ema': ema}, tmp_path / 'ema.pt')
+    monkeypatch.undo()
+    made.assert_same(mae, exchange.read(tmp_path / 'mae.pth', heads=4, decoder_heads=2))
+    made.assert_same(simmim, exchange.read(tmp_path / 'simmim.pth'))
+    made.assert_same(mae, exchange.read(tmp_path / 'bare.bin', heads=4, decoder_heads=2))
+    averaged = exchange.read(tmp_path / 'ema.pt', key='model_ema', heads=4, decoder_heads=2)
+    np.testing.assert_array_equal(averaged.params['encoder']['norm']['bias'], ema['norm.bias'].numpy())
+
+
+def arrays(weights, kind):
+    return tables.write(tables.TABLES[kind](weights.method, weights.pool), weights.flat())
+
+
+SPOILED = {
+    'code': (
+        lambda torch, path, good: torch.save({'model': good, 'x': Evil(path.parent / 'ran')}, path),
+        r'refused, nothing in it was run',
+    ),
+    'code among the weights': (
+        lambda torch, path, good: torch.save(good | {'x': Evil(path.parent / 'ran')}, path),
+        r'refused, nothing in it was run',
+    ),
+    'an old pickle with code': (
+        lambda torch, path, good: path.write_bytes(pickle.dumps(Evil(path.parent / 'ran'))),
+        r'refused, nothing in it was run|no intact PyTorch file',
+    ),
+    'a class': (lambda torch, path, good: torch.save({'model': good, 'x': Other()}, path), r'refused.*Other'),
+    'a full model': (lambda torch, path, good: torch.save(torch.nn.Linear(2, 2), path), r'refused.*Linear'),
+    'truncated': (
+        lambda torch, path, good: (torch.save(good, path), path.write_bytes(path.read_bytes()[:-400])),
+        r'no intact PyTorch file',
+    ),
+    'text': (lambda torch, path, good: path.write_text('<html>'), r'no intact PyTorch file|refused'),
+    'empty': (lambda torch, path, good: path.write_bytes(b''), r'is empty'),
+    'a list': (lambda torch, path, good: torch.save([1, 2], path), r'holds a list, expected named weights'),
+    'an empty one': (lambda torch, path, good: torch.save({}, path), r'expected named weights'),
+    'numbers among the weights': (
+        lambda torch, path, good: torch.save(good | {'lr': 0.1}, path),
+        r'other things than arrays among the weights: lr',
+    ),
+    'another model': (
+        lambda torch, path, good: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
+        r'no family that is known.*bias, weight',
+    ),
+}
+
+
+@pytest.mark.parametrize('what', SPOILED)
+def test_pickled_files_that_are_refused(rng, torch, tmp_path, capsys, what):
+    spoil, words = SPOILED[what]
+    good = {n: torch.tensor(a) for n, a in arrays(made.encoder(rng), 'timm_vit').items()}
+    spoil(torch, tmp_path / 'x.pth', good)
+    refused(capsys, tmp_path / 'x.pth', words)
+
+
+def test_an_entry_that_is_not_there(rng, torch, tmp_path, capsys):
+    torch.save({'model': {}, 'epoch': 1}, tmp_path / 'x.pth')
+    refused(capsys, tmp_path / 'x.pth', r"no weights under 'ema'; its entries are model, epoch", '--key=ema')
