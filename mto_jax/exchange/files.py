@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ PICKLED = ('.pth', '.pt', '.bin')
 WEIGHTS = ('model.safetensors', 'pytorch_model.bin')  # in a folder, the first that is there
 INDEX = 'model.safetensors.index.json'  # of weights in several files
 NESTED = ('model', 'state_dict', 'module')  # where a training's file keeps the weights
-INERT = ('argparse.Namespace', 'yacs.config.CfgNode')  # settings in official files
+# Settings in official files. They become OrderedDicts, to which alone PyTorch's safe loading adds items.
+INERT = ('argparse.Namespace', 'yacs.config.CfgNode')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +111,11 @@ def _pickled(path: Path, key: str) -> dict[str, np.ndarray]:
             f'to read {path}, install PyTorch (requirements-convert.txt), or convert it to .safetensors elsewhere'
         ) from None
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
+        with torch.serialization.safe_globals([(OrderedDict, name) for name in INERT]):
             found = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        refused = next((line.strip() for line in str(e).splitlines() if 'GLOBAL' in line.upper()), _first_line(e))
-        raise UserError(
-            f'{path} holds more than weights and is refused, nothing in it was run ({refused[:200]})'
-        ) from None
+        why = str(e).partition('WeightsUnpickler error:')[2].strip().partition('\n')[0] or type(e).__name__
+        raise UserError(f'{path} holds more than weights and is refused, nothing in it was run ({why[:200]})') from None
     except Exception as e:  # whatever a reader makes of a damaged file
         raise UserError(f'{path} is no intact PyTorch file ({_first_line(e)})') from None
     if key or isinstance(found, Mapping):
@@ -129,10 +129,6 @@ def _pickled(path: Path, key: str) -> dict[str, np.ndarray]:
     if wrong := [str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)]:
         raise UserError(f'{path} holds other things than arrays among the weights: {", ".join(wrong[:5])}')
     return {str(n): (v.float() if v.dtype == torch.bfloat16 else v).detach().numpy() for n, v in found.items()}
-
-
-class Inert(dict):
-    """Stands for the settings that official files hold next to the weights: keeps values, does nothing."""
 
 
 def _first_line(e: Exception) -> str:
