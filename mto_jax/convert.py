@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--std', type=_numbers(float), metavar='NUMBERS', help='of the pixels')
     add('--pool', choices=('class', 'mean'), help="what a classifier's head sees, where the file does not say")
     add('--norm_pix_loss', type=_boolean, metavar='BOOL', help='of an MAE: it predicts normalised patches')
+    add('--dtype', choices=('float32', 'bfloat16'), help='of matrix products in evaluations of the workdir')
     return parser
 
 

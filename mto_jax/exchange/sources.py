@@ -72,6 +72,7 @@ class Hints:
       mean, std: of the pixels, per channel.
       pool: of a classifier.
       norm_pix_loss: of MAE and BootMAE.
+      dtype: of matrix products, float32 unless it is given.
     """
 
     kind: str | None = None
@@ -83,6 +84,7 @@ class Hints:
     std: tuple[float, ...] | None = None
     pool: str | None = None
     norm_pix_loss: bool | None = None
+    dtype: str | None = None
 
 
 def weights(source: Source, hints: Hints) -> Weights:
@@ -253,8 +255,7 @@ class _Reading:
         d.mean, d.std = self.pixels(d.channels)
         if self.pool:
             d.num_classes, c.classify.pool = self.classes, self.pool
-        # Where features are compared, a few bits matter; what trains chooses for itself.
-        m.dtype = 'float32'
+        m.dtype = self.hints.dtype or 'float32'
         c.method = self.kind if self.kind in METHODS else 'encoder'
         if self.kind in METHODS:
             METHODS[self.kind](self, c)
