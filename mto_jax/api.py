@@ -8,7 +8,6 @@ program and needs the memory of one batch.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import methods
+from mto_jax import exchange, methods
 from mto_jax.config import FIELDS, evaluation, nested
 from mto_jax.data import augment, pil
 from mto_jax.errors import UserError
@@ -289,11 +288,12 @@ def _classifier(reader, step, saved, weights, size) -> Model:
 def _foreign(path, weights, size, hints) -> Model:
     if weights != 'student':
         raise UserError(f'weights is {weights!r}, but {path} is no checkpoint of a training: it has no teacher')
-    exchange = importlib.import_module('mto_jax.exchange')
     found = exchange.read(path, **hints)
     config = ConfigDict(found.config.to_dict())
     config.model.attention = _attention(config.model.attention)
-    return _sized(config, methods.build(config), jax.device_put(found.params), size)
+    if found.head:
+        config.task = 'finetune'
+    return _sized(config, methods.build(config), jax.device_put(found.classifier if found.head else found.params), size)
 
 
 def _sized(config, original, params, size) -> Model:

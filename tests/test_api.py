@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import sys
-import types
 from pathlib import Path
 
 import jax
@@ -15,7 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 from configs import base, bootmae, conmim
-from mto_jax import api, methods
+from mto_jax import api, exchange, methods
 from mto_jax.data import augment, pipeline
 from mto_jax.errors import UserError
 from mto_jax.evals import features
@@ -211,53 +209,38 @@ def test_a_classifier(tmp_path, rng, pool, ema):
         api.load(where, 'teacher')
 
 
-def stub(monkeypatch, config, params):
-    """`mto_jax.exchange`, which is not part of this test, finds these."""
-    seen = {}
-    module = types.ModuleType('mto_jax.exchange')
-    module.read = lambda path, **hints: (
-        seen.update(path=str(path), **hints) or types.SimpleNamespace(config=config, params=jax.device_get(params))
-    )
-    monkeypatch.setitem(sys.modules, 'mto_jax.exchange', module)
-    return seen
-
-
-def test_weights_from_elsewhere(monkeypatch, tmp_path, run, model, rng):
-    _, _, params, _ = run
-    seen = stub(monkeypatch, small(), params)
-    (tmp_path / 'vit.safetensors').touch()
+def test_weights_from_elsewhere(tmp_path, run, model, rng):
+    where, _, params, _ = run
+    exchange.write(exchange.read(where), tmp_path / 'mae', 'huggingface')
     images = pixels(rng, 3)
-    found = api.load(tmp_path / 'vit.safetensors', heads=2)
-    assert seen == {'path': str(tmp_path / 'vit.safetensors'), 'heads': 2}
-    np.testing.assert_array_equal(found.embed(images), model.embed(images))
-    np.testing.assert_array_equal(
-        found.reconstruct(images)['reconstruction'], model.reconstruct(images)['reconstruction']
-    )
-    assert api.load(tmp_path / 'vit.safetensors', image_size=56).embed(images).shape == (3, 16)
+    found = api.load(tmp_path / 'mae')
+    assert named(found.params).keys() == named(params).keys()
+    np.testing.assert_allclose(found.embed(images), model.embed(images), rtol=1e-5, atol=1e-6)
+    pictures = (m.reconstruct(images)['reconstruction'] for m in (found, model))
+    np.testing.assert_allclose(*pictures, atol=1e-5)
+    assert api.load(tmp_path / 'mae', image_size=56).embed(images).shape == (3, 16)
+    with pytest.raises(UserError, match='width 16 does not divide by 3 heads'):
+        api.load(tmp_path / 'mae', heads=3)
     with pytest.raises(UserError, match='no checkpoint of a training'):
-        api.load(tmp_path / 'vit.safetensors', 'teacher')
+        api.load(tmp_path / 'mae', 'teacher')
 
 
-def test_an_encoder_alone(monkeypatch, tmp_path, run, model, rng):
+def test_an_encoder_alone(tmp_path, run, model, rng):
     """It embeds; of what else its method cannot do, it says so."""
-    _, method, params, _ = run
-
-    class Alone(methods.Method):
-        def encode(self, params, images, *, depth=None, train=False, key=None):
-            return method.encode(params, images, depth=depth)
-
-    plain = types.ModuleType('plain')
-    plain.build = lambda config: Alone(method.arch, None)
-    monkeypatch.setitem(sys.modules, 'my.plain', plain)
-    stub(monkeypatch, small(method='my.plain'), {'encoder': params['encoder']})
-    (tmp_path / 'vit.safetensors').touch()
-    found, images = api.load(tmp_path / 'vit.safetensors'), pixels(rng, 3)
+    exchange.write(exchange.read(run[0]), tmp_path / 'vit', 'huggingface', part='encoder')
+    found, images = api.load(tmp_path / 'vit'), pixels(rng, 3)
     np.testing.assert_allclose(found.embed(images), model.embed(images), rtol=1e-4, atol=1e-5)
     for use in (found.reconstruct, found.heterogeneity):
-        with pytest.raises(
-            UserError, match='Alone, as it was loaded, has no loss; load the checkpoint of a pre-training'
-        ):
+        with pytest.raises(UserError, match="method is 'encoder', which has no pre-training loss"):
             use(images)
+
+
+def test_a_classifier_from_elsewhere(tmp_path, rng):
+    where, *_ = finetuned(small(task='finetune'), tmp_path / 'run', rng)
+    exchange.write(exchange.read(where), tmp_path / 'timm', 'timm')
+    images = pixels(rng, 3)
+    got = api.load(tmp_path / 'timm').classify(images)
+    np.testing.assert_allclose(got, api.load(where).classify(images), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_loaded(run, tmp_path, rng):
@@ -328,17 +311,15 @@ def test_ten_photographs(tmp_path, photos, rng):
     assert np.linalg.norm(got - want, axis=1).max() < 0.2 * apart  # each is far nearer to itself than to any other
 
 
-def test_the_examples_of_the_docs(monkeypatch, tmp_path, photos, rng, run):
+def test_the_examples_of_the_docs(monkeypatch, tmp_path, photos, rng):
     """Every block of docs/api.md, in order, where a quickstart's runs and photographs lie; each under ten lines."""
     blocks = re.findall(r'```python\n(.*?)```', Path('docs/api.md').read_text(), re.S)
     assert len(blocks) > 5
     assert all(len(block.splitlines()) < 10 for block in blocks)
-    pretrained(small(), tmp_path / 'runs/quickstart/seed0/mae_mto', rng)
+    where, *_ = pretrained(small(), tmp_path / 'runs/quickstart/seed0/mae_mto', rng)
     pretrained(small(bootmae), tmp_path / 'runs/quickstart/seed0/bootmae_mto', rng)
     finetuned(small(task='finetune'), tmp_path / 'runs/finetune_quickstart', rng)
-    stub(monkeypatch, small(), run[2])
-    (tmp_path / 'weights').mkdir()
-    (tmp_path / 'weights/vit_base.safetensors').touch()
+    exchange.write(exchange.read(where), tmp_path / 'weights/vit_base', 'huggingface')
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks:

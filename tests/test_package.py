@@ -24,9 +24,14 @@ def project():
 
 
 def required(path):
-    """The lines of a requirements file that name a package."""
-    lines = [line.partition(' #')[0].strip() for line in Path(path).read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith(('#', '-r'))]
+    """What a requirements file names beside those of requirements.txt, files that it includes included."""
+    found = []
+    for line in (line.partition(' #')[0].strip() for line in Path(path).read_text().splitlines()):
+        if line.startswith('-r ') and line != '-r requirements.txt':
+            found += required(line.removeprefix('-r '))
+        elif line and not line.startswith(('#', '-r')):
+            found.append(line)
+    return found
 
 
 def test_the_changelog_begins_with_this_version():
