@@ -109,8 +109,8 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
         # the last warm-up step is at the peak, as in the BEiT family, instead of the first after it
         'warmup_inclusive': kind(False),
         'min_lr': kind(0.0, at_least(0)),  # where the cosine ends; absolute
-        'decay_epochs': kind(()),  # multistep: where the rate is multiplied by decay_factor
-        'decay_factor': kind(0.1),
+        'decay_epochs': kind((), none_or_each(above(0))),  # multistep: where the rate is multiplied by decay_factor
+        'decay_factor': kind(0.1, above(0)),
         # factor of the rate per block, from the head down; 1: none
         'layer_decay': kind(1.0, PORTION),
         'trust_coefficient': kind(1e-3, above(0)),  # of LARS

@@ -42,18 +42,18 @@ def plan(config: ConfigDict) -> train.Plan:
         source = sources.open_source(config.data, config.data.train_split)
         watched = sources.open_source(config.data, config.data.val_split)
         training = job.prepare(config, source.num_examples)
+        interval = schedules.evaluation_interval(config.eval.every_epochs, training.per_epoch)
         method = training.objective.method
         probes.check(method, config, mesh)  # also where none is used: a mistake is better found now
         training.sharding(mesh)
         train.require_accelerator(config)
     title = f'{config.method}, MTO {"on" if method.mto else "off"}'
-    watches = partial(_watches, config, training, mesh, watched)
+    watches = partial(_watches, config, training, mesh, watched, interval)
     return train.Plan(config, mesh, source, training, title, watches, partial(start.fresh, config, training))
 
 
-def _watches(config, training, mesh, watched, workdir) -> list[Watch]:
+def _watches(config, training, mesh, watched, interval, workdir) -> list[Watch]:
     """What is looked at on the way: the diagnosis with its pictures, and kNN on the validation split."""
-    total, eval_steps = training.total, schedules.to_steps(config.eval.every_epochs, training.per_epoch)
     count = min(64, watched.num_examples)
     # A folder's first images are all of one class. A sequential format would be read to its end for a random subset.
     limit = count if watched.random_access else 0
@@ -78,7 +78,7 @@ def _watches(config, training, mesh, watched, workdir) -> list[Watch]:
 
     watches = []
     if config.diagnose_every:
-        watches.append(Watch(diagnose, every(config.diagnose_every, total), at_start=True))
-    if eval_steps:
-        watches.append(Watch(knn, every(eval_steps, total)))
+        watches.append(Watch(diagnose, every(config.diagnose_every, training.total), at_start=True))
+    if interval:
+        watches.append(Watch(knn, every(interval, training.total)))
     return watches

@@ -74,6 +74,7 @@ def plan(config: ConfigDict) -> train.Plan:
     with hosts.together():
         training = prepare(start, encoder, source.num_examples)
         training.sharding(mesh)
+        interval = schedules.evaluation_interval(c.eval.every_epochs, training.per_epoch)
     title = f'{c.probe.head} probe' if frozen else 'fine-tuning' + ' of fresh weights' * c.classify.from_scratch
     return train.Plan(
         c,
@@ -81,7 +82,7 @@ def plan(config: ConfigDict) -> train.Plan:
         source,
         training,
         f'{title}, {c.checkpoint}',
-        partial(_watches, c, training, mesh),
+        partial(_watches, c, training, mesh, interval),
         partial(_fresh, start, training, mesh),
     )
 
@@ -150,7 +151,7 @@ def summed(objective: Classification | Probing) -> Callable:
     return jax.jit(objective.sums)
 
 
-def _watches(config, training, mesh, workdir) -> list[Watch]:
+def _watches(config, training, mesh, interval, workdir) -> list[Watch]:
     """Scores on the validation split."""
     del workdir
     sums = summed(training.objective)
@@ -161,8 +162,7 @@ def _watches(config, training, mesh, workdir) -> list[Watch]:
         shown = {f'val_{name}': value for name, value in found.items() if isinstance(value, float)}
         return Seen(shown, score=found[training.objective.score])
 
-    steps = schedules.to_steps(config.eval.every_epochs, training.per_epoch)
-    return [Watch(measure, every(steps, training.total))]
+    return [Watch(measure, every(interval, training.total))]
 
 
 def _fresh(start, training, mesh, sharding) -> TrainState:
