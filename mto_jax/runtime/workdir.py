@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from mto_jax.config import FIELDS, field_of
+from mto_jax.config import FIELDS, field_of, nested
 from mto_jax.errors import UserError
 from mto_jax.runtime.hosts import flatten
 
@@ -82,6 +83,12 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         raise UserError(
             f'{path} is damaged ({e}); restore it, or delete it to resume with the config given now'
         ) from None
+
+
+def completed(saved: Mapping[str, Any]) -> ConfigDict:
+    """A saved config as one of now: fields that it is too old to have are the defaults, unknown ones are left out."""
+    there = {n: v for n, v in flatten(saved).items() if field_of(n)}
+    return nested({n: f.default for n, f in FIELDS.items()} | there)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:

@@ -84,7 +84,7 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
     """
     config, mesh, job = plan.config, plan.mesh, plan.job
     part = parallel.local_part(config.batch_size, mesh)
-    about = environment.describe(mesh) | {'order': plan.source.order(part)}
+    about = environment.describe(mesh) | {'order': plan.source.order(part), 'steps_per_epoch': job.per_epoch}
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
     entries = job.shapes.model_state
     with (
@@ -138,7 +138,7 @@ def _announce(plan, state, start) -> None:
     say(
         f'{plan.source.num_examples:,} images, batch {config.batch_size}, {job.per_epoch} steps an epoch, '
         f'{config.epochs:g} epochs = {job.total} steps on {plan.mesh.size} {jax.devices()[0].platform} device(s)'
-        + (f', resuming at step {start}' if start else '')
+        + (f', resuming at step {start}' if 0 < start < job.total else ', all taken already' * (start > 0))
     )
 
 
@@ -184,7 +184,8 @@ def _memory_explained():
 def _changed(before, now) -> list[str]:
     """What differs from the conditions under which a checkpoint was made, for the console."""
     a, b = hosts.flatten(before), hosts.flatten(now)
-    lines = [f'  {k}: {a.get(k)} then, {b[k]} now' for k in b if a.get(k) != b[k]]
+    # An older checkpoint may not have had all of it.
+    lines = [f'  {k}: {a[k]} then, {b[k]} now' for k in b if k in a and a[k] != b[k]]
     if lines:
         lines.insert(0, 'the checkpoint was made under other conditions; the run goes on, but not bitwise as there:')
     if before.get('order') != now['order']:

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from mto_jax.errors import UserError
 from mto_jax.runtime.log import say
-from mto_jax.runtime.workdir import differences, listed
-from mto_jax.training import checkpoint
+from mto_jax.runtime.workdir import completed, differences, listed
+from mto_jax.training import checkpoint, schedules
 from mto_jax.training.checkpoint import Checkpointer
 from mto_jax.training.job import Job
 from mto_jax.training.train_state import TrainState
@@ -38,15 +38,18 @@ def begin(
       scratch: of `sharding`, the state before the first step.
 
     Raises:
-      UserError: for a checkpoint that is missing, damaged, of another model or config, or that leaves no step to take.
+      UserError: for a checkpoint that is missing, damaged, of another model or config, that leaves no step to take, or
+        whose step would mean another place in this training.
     """
     if config.resume_from and config.init_from:
         raise UserError('resume_from and init_from are both set; give one of them')
     abstract = checkpoint.abstract_like(job.shapes, sharding)
     if (state := saver.restore_newest(abstract)) is not None:
-        return state, saver.about(int(state.step))
+        step = int(state.step)
+        _require_place(config, job, saver, step)
+        return state, saver.about(step)
     if config.resume_from:
-        return _resumed(config, abstract, job.total)
+        return _resumed(config, abstract, job)
     return scratch(sharding), None
 
 
@@ -78,11 +81,12 @@ def initialised(path: str, state: TrainState) -> TrainState:
     )
 
 
-def _resumed(config, abstract, total):
+def _resumed(config, abstract, job):
     def load(reader, step):
-        if step >= total:
+        _require_place(config, job, reader, step)
+        if step >= job.total:
             raise UserError(
-                f'resume_from is {config.resume_from!r}, at step {step}; this training ends at step {total}: raise '
+                f'resume_from is {config.resume_from!r}, at step {step}; this training ends at step {job.total}: raise '
                 '--config.epochs (with --config.resume_anyway=True), or name an earlier checkpoint'
             )
         changed = differences(reader.config(step), config.to_dict())
@@ -96,3 +100,43 @@ def _resumed(config, abstract, total):
     workdir, step, found = checkpoint.read(config.resume_from, load, 'resume_from')
     say(f"the state of {workdir} at step {step}; what is saved from here on is in this run's own workdir")
     return found
+
+
+def _require_place(config, job, reader, step):
+    """Raises UserError where a saved step would not mean the place in this training that it meant in its own."""
+    there, path = completed(reader.config(step)), reader.directory / str(step)
+    weights = f'from its weights: --config.init_from={path} and another --workdir'
+    changed = [
+        f'{name} from {old!r} to {new!r}'
+        for name, old, new in (
+            ('batch_size', there.batch_size, config.batch_size),
+            ('data.name', there.data.name, config.data.name),
+            ('data.train_split', there.data.train_split, config.data.train_split),
+        )
+        if old != new
+    ]
+    # What was saved before it was recorded: as if the images were the same.
+    per_epoch = reader.about(step).get('steps_per_epoch', round(job.per_epoch * config.batch_size / there.batch_size))
+    if changed and per_epoch != job.per_epoch:
+        raise UserError(
+            f'{path} is after {step / per_epoch:g} epochs of {per_epoch} steps; with {", ".join(changed)} an epoch has '
+            f'{job.per_epoch} steps, and step {step} would be after {step / job.per_epoch:g}. Keep the value (for '
+            f'memory there is --config.accumulate), or start {weights}'
+        )
+    if step > job.total:
+        raise UserError(
+            f'epochs is {config.epochs:g}, and {path} is after {step / per_epoch:g}: that is done already; raise '
+            f'--config.epochs, or start again {weights}'
+        )
+    ended = schedules.to_steps(there.epochs, per_epoch)
+    if not ended <= step < job.total or config.optim.schedule != 'cosine':
+        return
+    rates = schedules.learning_rate(there.optim, there.batch_size, ended, per_epoch)
+    last, raised = float(rates(step - 1)), float(job.schedule(step))
+    if raised > last:
+        rate = there.optim.min_lr or last
+        raise UserError(
+            f'{path} ends a training of {there.epochs:g} epochs, at a rate of {last:.3g}; epochs={config.epochs:g} '
+            f'would take it back up to {raised:.3g}. Start {weights}; or go on at the rate where it ended: '
+            f'--config.optim.lr_reference=0 --config.optim.base_lr={rate:.4g} --config.optim.min_lr={rate:.4g}'
+        )

@@ -1,5 +1,8 @@
 """Where a training starts: resume, resume from another workdir, initialise from weights, scratch."""
 
+import re
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from mto_jax.errors import UserError
+from mto_jax.runtime.log import read_history
 from mto_jax.studies import study
 from mto_jax.studies.table import read
 from mto_jax.tasks import pretrain, train
@@ -53,6 +57,63 @@ def test_another_config_is_refused(finished, tmp_path):
     assert not (tmp_path / 'config.json').exists()
     c.resume_anyway = True
     assert int(pretrain.run(c, tmp_path).step) == 8
+
+
+@pytest.mark.parametrize('elsewhere', [False, True], ids=['own workdir', 'resume_from'])
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        (
+            {'batch_size': 64},
+            'after 2 epochs of 4 steps; with batch_size from 32 to 64 an epoch has 2 steps, and step 8',
+        ),
+        ({'batch_size': 16}, 'batch_size from 32 to 16 an epoch has 8 steps, and step 8 would be after 1'),
+        ({'data.train_split': 'train[:70]'}, r"data.train_split from 'train\[:130\]' to 'train\[:70\]' an epoch has 2"),
+        ({}, 'ends a training of 2 epochs, at a rate of .* epochs=4 would take it back up'),
+    ],
+    ids=['larger batch', 'smaller batch', 'other images', 'longer'],
+)
+def test_a_step_that_would_mean_another_place_is_refused(finished, tmp_path, changes, words, elsewhere):
+    """Whichever way the run goes on, and nothing is written; the way out that is named is one."""
+    config, workdir, _ = finished
+    c, run = fresh(config), tmp_path / 'run'
+    c.update_from_flattened_dict(changes)
+    c.epochs, c.resume_anyway = 4.0, True
+    if elsewhere:
+        c.resume_from = str(workdir)
+    else:
+        shutil.copytree(workdir, run)
+    with pytest.raises(UserError, match=words) as e:
+        pretrain.run(c, run)
+    assert f'--config.init_from={c.resume_from or run}/checkpoints/8' in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+    assert elsewhere or (run / 'config.json').read_text() == (workdir / 'config.json').read_text()
+
+
+def test_a_finished_run_goes_on_at_the_rate_where_it_ended(finished, tmp_path):
+    config, workdir, _ = finished
+    c = fresh(config)
+    c.epochs, c.resume_anyway, c.resume_from = 3.0, True, str(workdir)
+    with pytest.raises(UserError, match='the rate where it ended') as e:
+        pretrain.run(c, tmp_path)
+    named = dict(re.findall(r'--config\.(optim\.\w+)=(\S+)', str(e.value)))
+    c.update_from_flattened_dict({n: int(v) if v == '0' else float(v) for n, v in named.items()})
+    assert int(pretrain.run(c, tmp_path).step) == 12
+    rates = [r['learning_rate'] for r in read_history(tmp_path) if 'learning_rate' in r]
+    assert rates == pytest.approx([float(named['optim.base_lr'])] * len(rates))
+
+
+def test_more_and_fewer_epochs(finished, tmp_path, capsys):
+    """Of a run that has not ended more epochs are taken; where as many are there, that is said."""
+    config, workdir, _ = finished
+    c = fresh(config)
+    c.epochs, c.resume_anyway, c.resume_from = 2.5, True, str(workdir / 'checkpoints' / '4')
+    assert int(pretrain.run(c, tmp_path).step) == 10
+    pretrain.run(c, tmp_path)
+    assert '= 10 steps on 1 cpu device(s), all taken already' in capsys.readouterr().out
+    c.epochs = 1.5
+    with pytest.raises(UserError, match=f'epochs is 1.5, and {tmp_path}/checkpoints/10 is after 2.5: that is done al'):
+        pretrain.run(c, tmp_path)
 
 
 def test_weights_with_a_fresh_optimizer(finished, tmp_path, capsys, monkeypatch):
