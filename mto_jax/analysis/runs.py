@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mto_jax.config import FIELDS
 from mto_jax.errors import UserError
 from mto_jax.runtime.hosts import flatten
 from mto_jax.runtime.log import read_history
@@ -64,10 +65,10 @@ class Run:
         self.picture = picture.read_bytes() if picture.exists() else None
 
     def field(self, name: str) -> Any:
-        """A config field that every training has."""
-        if name not in self.config:
-            raise UserError(f'report: {self._path} has no field {name}; it is not the config of a training')
-        return self.config[name]
+        """A config field; the default where the run is older than it."""
+        if 'method' not in self.config:
+            raise UserError(f'report: {self._path} has no field method; it is not the config of a training')
+        return self.config.get(name, FIELDS[name].default)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a logged term."""

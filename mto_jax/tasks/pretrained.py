@@ -11,11 +11,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax import methods
-from mto_jax.config import EVALUATIONS, FIELDS, check, nested
+from mto_jax.config import EVALUATIONS, FIELDS, check, field_of, nested
 from mto_jax.errors import UserError
 from mto_jax.evals import features
 from mto_jax.models import vit
 from mto_jax.runtime import hosts, parallel
+from mto_jax.runtime.log import say
+from mto_jax.runtime.workdir import completed
 from mto_jax.training import checkpoint
 
 
@@ -82,12 +84,21 @@ def find(config: ConfigDict, mesh: jax.sharding.Mesh | None = None, require=lamb
 
 def described(saved: Mapping[str, Any], config: ConfigDict, path: epath.Path) -> Pretrained:
     """The encoder in the checkpoint `path`, whose config is `saved`, for an evaluation's `config`. Raises as `find`."""
+    there = hosts.flatten(saved)
+    new = [n for n, field in FIELDS.items() if n not in there and field.default != {} and not field.own]
+    if new:
+        shown = ', '.join(f'{n}={FIELDS[n].default!r}' for n in new)
+        say(f'{path} is of an earlier version, without some fields of now; each has its default: {shown}')
+    if unknown := {n: v for n, v in there.items() if field_of(n) is None}:
+        shown = ', '.join(f'{n}={v!r}' for n, v in unknown.items())
+        say(f'{path} is of another version, with fields that are unknown here and left out: {shown}')
     c = merged(saved, config)
     c.checkpoint = str(path)
     check(c)
     trained = ConfigDict(c.to_dict())  # as it is run here, with what a method's own parts had to fit
-    trained.batch_size, trained.accumulate = saved['batch_size'], saved['accumulate']
-    trained.data.image_size = tuple(saved['data']['image_size'])
+    then = completed(saved)
+    trained.batch_size, trained.accumulate = then.batch_size, then.accumulate
+    trained.data.image_size = tuple(then.data.image_size)
     original = methods.build(trained)
     try:
         arch = dataclasses.replace(original.arch, image_size=tuple(c.data.image_size))
@@ -101,17 +112,19 @@ def merged(saved: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
     """The config of a checkpoint, `saved`, with what an evaluation's `config` sets.
 
     A field is set where it is not None. Those that `config.FIELDS` lets an evaluation have or replace are taken over;
-    any other must have the checkpoint's own value. A field that an older checkpoint lacks has its default.
+    any other must have the checkpoint's own value. A field that an older checkpoint lacks has its default, and one that
+    is unknown is left out.
 
     Raises:
       UserError: naming the fields that an evaluation cannot set, or for a checkpoint that is no pre-training's.
     """
-    if saved['task'] in EVALUATIONS:
+    old = completed(saved)
+    if old.task in EVALUATIONS:
         raise UserError(
-            f'the checkpoint is of a {"fine-tuning" if saved["task"] == "finetune" else "probe"}, whose results its '
-            f'{saved["task"]}.json has; an evaluation starts from a pre-trained one, as {saved["checkpoint"]}'
+            f'the checkpoint is of a {"fine-tuning" if old.task == "finetune" else "probe"}, whose results its '
+            f'{old.task}.json has; an evaluation starts from a pre-trained one, as {old.checkpoint}'
         )
-    there = hosts.flatten(saved)
+    there = hosts.flatten(json.loads(json.dumps(old.to_dict())))
     given = hosts.flatten(json.loads(json.dumps(config.to_dict())))
     given = {name: value for name, value in given.items() if value is not None}
     trains = EVALUATIONS.get(config.task)

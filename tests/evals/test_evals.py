@@ -2,8 +2,10 @@
 
 import importlib
 import itertools
+import json
 import math
 import re
+import shutil
 import sys
 import warnings
 
@@ -18,6 +20,7 @@ from PIL import Image
 
 from configs import base
 from mto_jax import methods, tasks
+from mto_jax.analysis import report
 from mto_jax.data import memory
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen, knn, logistic
@@ -433,6 +436,37 @@ def test_evaluations_refuse_other_fields(trained, tmp_path, field, value):
     full.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=re.escape(field)):
         pretrained.find(full)
+
+
+@pytest.fixture
+def of_another_version(trained, tmp_path):
+    """`trained`, as saved before some fields were added, and with two that are gone."""
+    folder = shutil.copytree(trained, tmp_path / 'trained')
+    for path in (*folder.glob('checkpoints/*/config/metadata'), folder / 'config.json'):
+        config = json.loads(path.read_text())
+        del config['model']['relative_bias'], config['probe'], config['accumulate'], config['eval']['depths']
+        config['model']['rotary'], config['gone'] = True, {'far': 3}
+        path.write_text(json.dumps(config))
+    return folder
+
+
+def test_checkpoints_of_another_version(trained, of_another_version, tmp_path, capsys):
+    """What they lack has its default, and what is unknown is left out; both are named, once."""
+    found = tasks.run(evaluation(of_another_version), tmp_path / 'w')
+    shown = capsys.readouterr().out
+    assert shown.count('each has its default: model.relative_bias=False, accumulate=1\n') == 1
+    assert shown.count('left out: model.rotary=True, gone.far=3\n') == 1
+    assert found['knn_20'] == tasks.run(evaluation(trained), tmp_path / 'other')['knn_20']
+    full = short_pretraining()
+    full.task, full.checkpoint = 'knn', str(of_another_version)
+    assert pretrained.find(full).config.accumulate == 1
+    full.model.relative_bias = True
+    with pytest.raises(UserError, match=r'cannot set: model\.relative_bias \(given True, there False\)'):
+        pretrained.find(full)
+    report.write_report(tmp_path / 'both', [trained, of_another_version])
+    full = short_pretraining()
+    with pytest.raises(UserError, match='model.rotary: True there, None now'):
+        pretrain.run(full, of_another_version)
 
 
 def test_bad_values_of_evaluations_are_named(trained, tmp_path):
