@@ -10,8 +10,14 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from mto_jax.config import EVALUATIONS
+
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; the same one resumes. Default: runs/<config>.')
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'Where the run is kept; the same one resumes. Default: runs/<config>, of an evaluation runs/<config>/<run>.',
+)
 
 
 def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
@@ -34,12 +40,30 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
 
         file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
         name = Path(file).stem + (f'_{argument}' if argument else '')
+        config = _CONFIG.value
         try:
-            job(_CONFIG.value, epath.Path(_WORKDIR.value or _CONFIG.value.workdir or f'runs/{name}'))
+            job(config, epath.Path(_WORKDIR.value or config.workdir or default_workdir(name, config)))
         except UserError as e:
             stop(str(e))
 
     app.run(main, flags_parser=_parse)
+
+
+def default_workdir(name: str, config: ConfigDict) -> str:
+    """`runs/<name>`; of an evaluation `runs/<name>/<run>`, so that those of two checkpoints have one each.
+
+    A quick one adds the step. What trains does not where only the run is given: the same command finds its workdir
+    again, also after the run has gone on.
+    """
+    if config.task not in EVALUATIONS or not config.checkpoint:
+        return f'runs/{name}'
+    path = epath.Path(config.checkpoint)
+    if not EVALUATIONS[config.task] and path.parent.name != 'checkpoints':
+        steps = [int(p.name) for p in path.glob('checkpoints/*') if p.name.isdigit()]
+        path = path / 'checkpoints' / str(max(steps)) if steps else path
+    parts = os.path.relpath(path).split(os.sep) if '://' not in str(path) else str(path).split('/')
+    run = '_'.join(part.strip(':') for part in parts if part.strip('.') and part not in ('runs', 'checkpoints'))
+    return f'runs/{name}/{run}'
 
 
 def _parse(argv):

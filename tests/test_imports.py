@@ -12,8 +12,8 @@ ROOT = Path(mto_jax.__file__).parent
 # A module that is in no package counts by its own name.
 LAYERS = [
     {'errors'},
-    {'config', 'masking', 'losses', 'attention', 'cli'},
-    {'mto'},
+    {'config', 'masking', 'losses', 'attention'},
+    {'mto', 'cli'},
     {'runtime'},
     {'models', 'data'},
     {'methods'},

@@ -65,6 +65,16 @@ def require_same(workdir: epath.Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def require_free(path: epath.Path, checkpoint: str) -> None:
+    """Raises UserError where `path` has the result of an evaluation of another checkpoint than this one."""
+    other = read_json(path).get('checkpoint') if path.exists() else checkpoint
+    if other != checkpoint:
+        raise UserError(
+            f'{path} has the result of another checkpoint, {other}; this one is {checkpoint}: choose another '
+            '--workdir, or move the file away'
+        )
+
+
 def record(workdir: epath.Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write `config.json`, and `environment.json` (see `environment.describe`): of the run that is about to train."""
     workdir = epath.Path(workdir)
@@ -80,9 +90,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
             raise ValueError('not a JSON object')
         return found
     except ValueError as e:
-        raise UserError(
-            f'{path} is damaged ({e}); restore it, or delete it to resume with the config given now'
-        ) from None
+        raise UserError(f'{path} is damaged ({e}); restore it, or delete it to go on with what is given now') from None
 
 
 def completed(saved: Mapping[str, Any]) -> ConfigDict:

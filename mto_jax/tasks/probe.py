@@ -10,7 +10,7 @@ from mto_jax.data import sources
 from mto_jax.evals import features, probes
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import described, say
-from mto_jax.runtime.workdir import write
+from mto_jax.runtime.workdir import require_free, write
 from mto_jax.tasks import pretrained
 
 
@@ -31,8 +31,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
         setups = {depth: _at(c, depth) for depth in tuple(c.eval.depths) or (c.eval.depth,)}
         return {depth: (setup, features.encoder(start.method, setup)) for depth, setup in setups.items()}
 
+    path = epath.Path(workdir) / f'{config.task}.json'
+
     def require(start):
         encoders(start)
+        require_free(path, start.config.checkpoint)
         probes.eval_part(start.config.eval.batch_size, mesh)
         for name in (start.config.data.train_split, start.config.data.test_split):
             sources.open_source(start.config.data, name)
@@ -54,7 +57,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
         out |= {f'{name}_depth{d}': value for d, row in each.items() for name, value in row.items()}
         out['best_depth'] = best
     out |= {'step': int(epath.Path(c.checkpoint).name), 'checkpoint': c.checkpoint, 'split': split}
-    path = epath.Path(workdir) / f'{config.task}.json'
     if hosts.is_first():
         write(path, json.dumps(out, indent=2) + '\n')
     for name, value in out.items():

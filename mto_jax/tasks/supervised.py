@@ -18,7 +18,7 @@ from mto_jax.evals import probes
 from mto_jax.models import heads
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import described, say
-from mto_jax.runtime.workdir import write
+from mto_jax.runtime.workdir import require_free, write
 from mto_jax.tasks import pretrained, train
 from mto_jax.tasks.pretrained import Pretrained
 from mto_jax.training import classify, job, schedules, train_state
@@ -39,11 +39,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     workdir = epath.Path(workdir)
     planned = plan(config)
     c = planned.config
+    path = workdir / f'{c.task}.json'
+    if not c.resume_anyway:
+        require_free(path, c.checkpoint)
     state = train.run(planned, workdir)
     with jax.set_mesh(planned.mesh):
         found = scores(planned.job, state, c, planned.mesh, c.data.test_split)
     out = found | {'step': int(state.step), 'split': c.data.test_split, 'checkpoint': c.checkpoint}
-    path = workdir / f'{c.task}.json'
     if hosts.is_first():
         write(path, json.dumps(out, indent=2) + '\n')
     train.show(workdir, {f'{c.task} of {c.checkpoint}': [found]})

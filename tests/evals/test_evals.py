@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import base
-from mto_jax import methods, tasks
+from mto_jax import cli, methods, tasks
 from mto_jax.analysis import report
 from mto_jax.data import memory
 from mto_jax.errors import UserError
@@ -397,6 +397,31 @@ def test_evaluations_read_the_split_they_are_given(trained, tmp_path, surface):
     assert recorded['knn_1'] < 0.9
 
 
+def test_results_of_two_checkpoints_do_not_meet(trained, tmp_path, monkeypatch):
+    """Unset, the workdir names the checkpoint; in one that is given, another's result stays as it is."""
+    other = shutil.copytree(trained, tmp_path / 'runs' / 'seed0' / 'other')
+    shutil.copytree(other / 'checkpoints' / '2', other / 'checkpoints' / '1')
+    monkeypatch.chdir(tmp_path)
+
+    def default(task, checkpoint):
+        return cli.default_workdir(task, evaluation(checkpoint, task))
+
+    assert re.fullmatch(r'runs/knn/[\w-]+_2', default('knn', trained))
+    assert default('knn', other) == default('knn', 'runs/seed0/other/') == 'runs/knn/seed0_other_2'
+    assert default('linear', 'runs/seed0/other/checkpoints/1') == 'runs/linear/seed0_other_1'
+    assert default('finetune', other) == 'runs/finetune/seed0_other'
+    assert cli.default_workdir('mae', base.get_config()) == 'runs/mae'
+    assert cli.default_workdir('knn', evaluation('gs://bucket/runs/l/checkpoints/7')) == 'runs/knn/gs_bucket_l_7'
+
+    kept = tmp_path / 'w' / 'knn.json'
+    kept.parent.mkdir()
+    kept.write_text(json.dumps({'checkpoint': str(other)}))
+    monkeypatch.setattr(features, 'collect', lambda *_: pytest.fail('it began to work'))
+    with pytest.raises(UserError, match=rf'{kept} has the result of another checkpoint, {other}; .*--workdir'):
+        tasks.run(evaluation(trained), kept.parent)
+    assert json.loads(kept.read_text()) == {'checkpoint': str(other)}
+
+
 def test_the_best_of_several_depths_is_named(trained, tmp_path):
     """Each as it is found alone."""
     alone = {d: tasks.run(evaluation(trained, **{'eval.depth': d}), tmp_path / str(d)) for d in (0, 1)}
@@ -465,7 +490,7 @@ def test_checkpoints_of_another_version(trained, of_another_version, tmp_path, c
         pretrained.find(full)
     report.write_report(tmp_path / 'both', [trained, of_another_version])
     full = short_pretraining()
-    with pytest.raises(UserError, match='model.rotary: True there, None now'):
+    with pytest.raises(UserError, match=r'model\.rotary: True there, None now'):
         pretrain.run(full, of_another_version)
 
 
