@@ -45,7 +45,7 @@ def unreadable(source: sources.Source, data, label: str = '') -> list[str]:
 
     def decode(position, example):
         # The shape is returned so that the decoding is not optimised away.
-        return position, tf.shape(pipeline.decode(example['image'], data.channels))
+        return position, tf.shape(pipeline.decode(source.read(example)['image'], data.channels))
 
     threads = data.threads or tf.data.AUTOTUNE
     ds = source.select(everything).enumerate().map(decode, num_parallel_calls=threads, deterministic=True)
@@ -58,4 +58,4 @@ def unreadable(source: sources.Source, data, label: str = '') -> list[str]:
             print(f'{label}{position + 1:,} of {total:,}, ETA {(total - position) / speed:.0f} s', flush=True)
     bad = np.flatnonzero(~decoded)
     examples = source.select([bad]) if len(bad) else ()
-    return [f'{e["name"].numpy().decode()}: {pipeline.problem_of(decode, 0, e)}' for e in examples]
+    return [f'{pipeline.name_of(e)}: {pipeline.problem_of(decode, 0, e)}' for e in examples]

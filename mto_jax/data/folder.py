@@ -4,22 +4,28 @@ data_dir/train/<class>/any/depth.jpg    labels are the classes' places among tho
 data_dir/train/any.jpg                  no labels
 
 With `data.mask`, another folder has a label map for each image: <data.mask>/train/<class>/any/depth.png
+
+Links are followed; hidden files and folders (.ipynb_checkpoints) are not there.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from mto_jax.data.order import split_range, stratified
 from mto_jax.errors import UserError
+from mto_jax.runtime.log import say
 from mto_jax.runtime.parallel import Part
 
 NAME = 'folder'
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
+SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.avif')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +36,13 @@ class Folder:
       paths: str (n,).
       labels: int64 (n,), -1 without classes.
       masks: paths of the label maps, str (n,); None without.
+      classes: names of those in the split, whatever the slice.
     """
 
     paths: np.ndarray
     labels: np.ndarray
     masks: np.ndarray | None = None
+    classes: frozenset[str] = frozenset()
     random_access = True
 
     @property
@@ -47,23 +55,23 @@ class Folder:
 
     def order(self, part: Part) -> str:
         del part
-        listing = hashlib.sha256('\n'.join(self.paths).encode()).hexdigest()[:12]
+        listing = hashlib.sha256(b'\n'.join(map(os.fsencode, self.paths))).hexdigest()[:12]
         return f'random access, {self.num_examples} files, listing {listing}'
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
-        columns = (self.paths, self.labels) + (() if self.masks is None else (self.masks,))
+        files = {'image': self.paths} | ({} if self.masks is None else {'mask': self.masks})
 
         def entries():
             for indices in positions:
-                yield tuple(c[indices] for c in columns)
+                paths = {n: np.array([os.fsencode(p) for p in f[indices]], object) for n, f in files.items()}
+                yield paths | {'label': self.labels[indices], 'name': paths['image']}
 
-        def read(path, label, *mask):
-            example = {'image': tf.io.read_file(path), 'label': label, 'name': path}
-            return example | ({'mask': tf.io.read_file(mask[0])} if mask else {})
+        kinds = dict.fromkeys(files, tf.string) | {'label': tf.int64, 'name': tf.string}
+        spec = {name: tf.TensorSpec([None], kind) for name, kind in kinds.items()}
+        return tf.data.Dataset.from_generator(entries, output_signature=spec).unbatch()
 
-        spec = tuple(tf.TensorSpec([None], tf.int64 if c is self.labels else tf.string) for c in columns)
-        ds = tf.data.Dataset.from_generator(entries, output_signature=spec).unbatch()
-        return ds.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    def read(self, example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return example | {n: tf.io.read_file(example[n]) for n in ('image', 'mask') if n in example}
 
     def select(self, positions: Sequence[np.ndarray]) -> tf.data.Dataset:
         return self.stream(p for p in positions if len(p))
@@ -79,62 +87,144 @@ def open_folder(root: str, split: str, masks: str = '') -> Folder:
       masks: a folder of label maps, or ''.
 
     Raises:
-      UserError: if the folder, the split, its images or one of their label maps are missing, or only some images lie in
-        class folders.
+      UserError: if the folder, the split, its images or one of their label maps are missing, a folder cannot be listed,
+        or only some images lie in class folders.
     """
     splits = _listing(root)
-    found = split_range(split, {name: len(paths) for name, (paths, _) in splits.items()})
+    found = split_range(split, {name: len(s.paths) for name, s in splits.items()})
     if not found:
         raise UserError(
             f'data: {root} has no split {split!r}; its folders are {", ".join(splits) or "none"} '
             f'(--config.data.train_split, val_split and test_split name them)'
         )
     name, part = found
-    paths, labels = splits[name]
+    paths, labels, classes, skipped = splits[name]
     chosen = np.sort(stratified(labels)[part])
     if not len(chosen):
-        raise UserError(f'data: {split!r} of {root} holds no image ({", ".join(SUFFIXES)})')
+        raise UserError(
+            f'data: {split!r} of {root} holds no image ({", ".join(SUFFIXES)}); it has {skipped or "no other file"}'
+        )
     if (labels == -1).any() and (labels >= 0).any():
         raise UserError(
             f'data: {root}/{name} has images both beside and inside class folders, like '
-            f'{paths[labels == -1][0]}; put all into class folders, or none'
+            f'{printable(paths[labels == -1][0])}; put all into class folders, or none'
         )
-    return Folder(paths[chosen], labels[chosen], _masks(root, paths[chosen], masks) if masks else None)
+    _announce(root, name)
+    maps = _masks(root, paths[chosen], masks) if masks else None
+    return Folder(paths[chosen], labels[chosen], maps, frozenset(classes))
 
 
 def _masks(root: str, paths: np.ndarray, masks: str) -> np.ndarray:
     """The label map of each image, str (n,)."""
     root, masks = root.rstrip('/'), masks.rstrip('/')
     out = np.array([f'{masks}{p.removeprefix(root).rpartition(".")[0]}.png' for p in paths], object)
-    there = {f'{folder.rstrip("/")}/{f}' for folder, _, files in tf.io.gfile.walk(masks) for f in files}
+    there = {f'{folder}/{f}' for folder, files in _walk(masks) for f in files}
     if missing := [i for i, p in enumerate(out) if p not in there]:
         i = missing[0]
         raise UserError(
-            f'data.mask is {masks!r}: {len(missing)} of {len(out)} images have no label map there; that of {paths[i]} '
-            f'must be {out[i]}'
+            f'data.mask is {masks!r}: {len(missing)} of {len(out)} images have no label map there; that of '
+            f'{printable(paths[i])} must be {printable(out[i])}'
         )
     return out
 
 
+class _Split(NamedTuple):
+    """What lies in the folder of a split.
+
+    Attributes:
+      paths, labels: as in `Folder`.
+      classes: names of those with an image.
+      skipped: files that are no images, in words.
+    """
+
+    paths: np.ndarray
+    labels: np.ndarray
+    classes: Sequence[str]
+    skipped: str
+
+
 @functools.lru_cache(maxsize=4)
-def _listing(root: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{split: sorted paths and their labels}. Listed once a process: a large folder takes a while."""
+def _listing(root: str) -> dict[str, _Split]:
+    """What there is of each split. Listed once a process: a large folder takes a while."""
     if not tf.io.gfile.isdir(root):
         raise UserError(
             f"data.data_dir is {root!r}: no such folder; with data.name='folder' it holds one folder a split"
         )
     root = root.rstrip('/')
-    found: dict[str, list[tuple[str, str]]] = {}
-    for folder, _, files in tf.io.gfile.walk(root):
-        inside = folder.rstrip('/').removeprefix(root).strip('/').split('/')
-        if inside == ['']:
+    images: dict[str, list[tuple[str, str]]] = {}
+    others: dict[str, dict[str, collections.Counter]] = {}
+    for folder, files in _walk(root):
+        split, group, *_ = *folder.removeprefix(root).strip('/').split('/'), ''
+        if not split:
             continue
-        images = found.setdefault(inside[0], [])
-        group = inside[1] if len(inside) > 1 else ''
-        images += [(f'{folder.rstrip("/")}/{f}', group) for f in files if f.lower().endswith(SUFFIXES)]
-    classes = sorted({group for images in found.values() for _, group in images if group})
+        here, rest = images.setdefault(split, []), others.setdefault(split, {})
+        for name in files:
+            if name.lower().endswith(SUFFIXES):
+                here.append((f'{folder}/{name}', group))
+            else:
+                rest.setdefault(group, collections.Counter())[os.path.splitext(name)[1] or 'without a suffix'] += 1
+    classes = sorted({group for found in images.values() for _, group in found if group})
     number = {'': -1} | {c: i for i, c in enumerate(classes)}
     return {
-        split: (np.array([p for p, _ in images], object), np.array([number[g] for _, g in images], np.int64))
-        for split, images in ((s, sorted(i)) for s, i in sorted(found.items()))
+        split: _Split(
+            np.array([p for p, _ in found], object),
+            np.array([number[g] for _, g in found], np.int64),
+            sorted({g for _, g in found if g}),
+            _skipped(others[split], {g for _, g in found if g}),
+        )
+        for split, found in ((s, sorted(i)) for s, i in sorted(images.items()))
     }
+
+
+def _skipped(others: Mapping[str, collections.Counter], classes: set[str]) -> str:
+    """How many files of each suffix are no images, and which folders have nothing else; '' for none."""
+    total = sum(others.values(), collections.Counter())
+    words = ', '.join(f'{n} {suffix}' for suffix, n in sorted(total.items()))
+    without = sorted(group for group in others if group and group not in classes)
+    more = f' and {len(without) - 5} more' if len(without) > 5 else ''
+    return words + (f' (no image at all in {", ".join(without[:5])}{more}: no class)' if without else '')
+
+
+@functools.cache
+def _announce(root: str, name: str) -> None:
+    """Say, once a process, what was found of a split."""
+    split = _listing(root)[name]
+    classes = f'{len(split.classes):,} classes' if split.classes else 'no class folders'
+    skipped = f'; skipped {split.skipped}' if split.skipped else ''
+    say(printable(f'data: {root}/{name}: {len(split.paths):,} images, {classes}{skipped}'))
+
+
+def printable(path: str) -> str:
+    """A path as it can be shown: bytes that are no UTF-8 as \\x.."""
+    return os.fsencode(path).decode(errors='backslashreplace')
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from `root` down, with the names of its files. Links are followed, but not into what they lie in."""
+    if '://' in root:
+        for folder, _, files in tf.io.gfile.walk(root):
+            if not any(part.startswith('.') for part in folder.removeprefix(root).split('/')):
+                yield folder.rstrip('/'), [f for f in files if not f.startswith('.')]
+        return
+
+    def visit(folder, above):
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as entries:
+                found = sorted(
+                    (e.name, e.is_dir() if not e.is_symlink() else os.path.isdir(e.path))
+                    for e in entries
+                    if not e.name.startswith('.')
+                )
+        except OSError as e:
+            raise UserError(f'data: the folder {printable(folder)} cannot be listed: {e.strerror}') from None
+        place = status.st_dev, status.st_ino
+        if place in above:
+            return
+        yield folder, [name for name, inner in found if not inner]
+        for name, inner in found:
+            if inner:
+                yield from visit(f'{folder}/{name}', above | {place})
+
+    if os.path.isdir(root):
+        yield from visit(root.rstrip('/'), frozenset())

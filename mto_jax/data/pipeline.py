@@ -4,6 +4,7 @@ An epoch is `num_examples // batch_size` full batches of a new order; the few ex
 epoch and, orders being random, come back in others.
 """
 
+import io
 import math
 import re
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image, UnidentifiedImageError
 
 from mto_jax.data import randaugment
 from mto_jax.data.order import batch_positions, padded, steps_per_epoch, subset
@@ -22,6 +24,14 @@ from mto_jax.runtime.parallel import Part, whole
 
 Batch = Mapping[str, np.ndarray]
 CROP_TRIES = 10
+# What TensorFlow makes of a file that cannot be opened or decoded.
+UNREADABLE = (
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnknownError,
+)
 
 
 def crop_window(height, width, seed, area, aspect) -> tf.Tensor:
@@ -47,10 +57,19 @@ def crop_window(height, width, seed, area, aspect) -> tf.Tensor:
 
 
 def decode(encoded, channels, window=None):
-    """Decode a JPEG or PNG, uint8 (h, w, channels); for a JPEG, only the window. EXIF orientation is not applied."""
+    """Decode an image, uint8 (h, w, channels); of a JPEG, only the window. EXIF orientation is not applied.
+
+    JPEG and PNG are TensorFlow's, on all threads. The rest is PIL's: TensorFlow reads BMP and GIF in few forms.
+    """
 
     def whole():
-        image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
+        fast = tf.io.is_jpeg(encoded) | (tf.strings.substr(encoded, 0, 4) == b'\x89PNG')
+        image = tf.cond(
+            fast,
+            lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
+            lambda: tf.numpy_function(_decode_any, [encoded, channels], tf.uint8),
+        )
+        image = tf.ensure_shape(image, (None, None, channels or None))
         if window is None:
             return image
         y, x, h, w = tf.unstack(window)
@@ -63,13 +82,33 @@ def decode(encoded, channels, window=None):
     )
 
 
+def _decode_any(encoded: bytes, channels: int) -> np.ndarray:
+    """Decode the first frame of whatever PIL reads, uint8 (h, w, channels); 16 bits become the upper 8.
+
+    Raises:
+      ValueError: where it cannot; TensorFlow makes an InvalidArgumentError of it.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith('I;16'):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ('I', 'F'):
+                raise ValueError(f'pixels of mode {image.mode}; 8 or 16 bits are read')
+            mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}[int(channels) or len(image.getbands())]
+            pixels = np.asarray(image.convert(mode), np.uint8)
+    except Exception as e:  # of broken files, PIL raises all kinds
+        words = 'not an image' if isinstance(e, UnidentifiedImageError) else f'{type(e).__name__}: {e}'
+        raise ValueError(words) from None
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
 def _size(encoded, channels):
     """Height and width of an encoded image; a JPEG's are read from its header."""
 
     return tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.extract_jpeg_shape(encoded)[:2],
-        lambda: tf.shape(tf.io.decode_image(encoded, channels=channels, expand_animations=False))[:2],
+        lambda: tf.shape(decode(encoded, channels))[:2],
     )
 
 
@@ -168,6 +207,7 @@ def train_batches(
     augment = randaugment.parse(data)
 
     def prepare(position, example):
+        example = source.read(example)
         seed_pair = tf.stack([tf.constant(seed, tf.int64), position])
         image = train_image(example['image'], seed_pair, data)
 
@@ -210,7 +250,7 @@ def train_batches(
                 yield batch
                 step += 1
             step = end
-        except tf.errors.InvalidArgumentError as e:
+        except UNREADABLE as e:
             read = zip(rows(step), examples(step)[0].take(len(part.rows)), strict=True)
             stand_ins = {step: _stand_ins(source, prepare, read, next(chosen(step, step + 1)), data, e)}
 
@@ -237,6 +277,7 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
 
     def prepare(position, example):
         del position
+        example = source.read(example)
         mask = _mask(example, data, lambda encoded, channels: _eval_pixels(encoded, data, channels, 'nearest'))
         return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)} | mask
 
@@ -253,7 +294,7 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
                 batch['valid'][list(stand_ins.get(done, ()))] = False
                 yield batch
                 done += 1
-        except tf.errors.InvalidArgumentError as e:
+        except UNREADABLE as e:
             failed = rest[done - first]
             read = zip(failed, source.select([failed]), strict=True)
             stand_ins = {done: _stand_ins(source, prepare, read, failed, data, e)}
@@ -291,7 +332,7 @@ def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, i
         problem = problem_of(prepare, tf.constant(position, tf.int64), example)
         if not problem:
             continue
-        name = example['name'].numpy().decode()
+        name = name_of(example)
         if data.on_error == 'raise':
             raise UserError(
                 f'data: cannot decode {name}: {problem}. --check lists all such images; '
@@ -311,12 +352,17 @@ def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, i
     return out
 
 
+def name_of(example: Mapping[str, tf.Tensor]) -> str:
+    """Its name as it can be shown: bytes that are no UTF-8 as \\x.."""
+    return example['name'].numpy().decode(errors='backslashreplace')
+
+
 def problem_of(prepare: Callable, *args) -> str:
-    """Why `prepare(*args)` cannot decode its image, in a few words; '' where it can."""
+    """Why `prepare(*args)` cannot read its image, in a few words; '' where it can."""
     try:
         prepare(*args)
-    except tf.errors.InvalidArgumentError as e:
-        words = re.sub(r'\{\{.*?\}\}|\[Op:.*', '', e.message.partition('\n')[0])
+    except (*UNREADABLE, ValueError) as e:  # run eagerly, `_decode_any` raises what it raises
+        words = re.sub(r'\{\{.*?\}\}|\[Op:.*', '', getattr(e, 'message', str(e)).partition('\n')[0])
         return ' '.join(words.split()) or 'not an image'
     return ''
 

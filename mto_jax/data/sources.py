@@ -5,7 +5,7 @@ exact permutation; TFRecord is read in a seeded shuffle (of files, then of a buf
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,8 +31,8 @@ To try the project without ImageNet: python main.py --config=configs/quickstart.
 
 
 class Source(Protocol):
-    """One split of a data set, as undecoded examples {'image': bytes, 'label': int64 (-1 without labels), 'name': str},
-    and 'mask': bytes where label maps were asked for.
+    """One split of a data set, as undecoded examples; once `read`: {'image': bytes, 'label': int64 (-1 without labels),
+    'name': str}, and 'mask': bytes where label maps were asked for.
 
     Attributes:
       num_examples: how many there are.
@@ -49,6 +49,9 @@ class Source(Protocol):
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
         """Examples at the given positions, one array of them at a time. Random access only."""
+
+    def read(self, example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """An example whose files are read, where it has names of files until then; fails for one that cannot be."""
 
     def select(self, positions: Sequence[np.ndarray]) -> tf.data.Dataset:
         """The examples at ascending positions in the order of the files, given as several arrays."""
@@ -103,6 +106,9 @@ class Tfds:
         ds = self.builder.as_dataset(split, shuffle_files=True, read_config=config, decoders=self._undecoded)
         ds = ds.shuffle(self.shuffle_buffer, seed=state, reshuffle_each_iteration=False).skip(skip)
         return ds.map(lambda e: self._select(e, e['tfds_id']))
+
+    def read(self, example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return example
 
     def select(self, positions: Sequence[np.ndarray]) -> tf.data.Dataset:
         if self.random_access:

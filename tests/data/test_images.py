@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import skimage.data
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import mae_mto, simmim
@@ -145,7 +147,7 @@ def test_the_forms_hold_the_same(photos, tmp_path):
     c = for_photos(mae_mto.get_config(), photos[1], photos[0])
     source = sources.open_source(c.data, 'train')
     assert source.num_examples == 48
-    seen = list(source.select([np.arange(48)]).as_numpy_iterator())
+    seen = list(source.select([np.arange(48)]).map(source.read).as_numpy_iterator())
     expected = sorted(crops(48, 0), key=lambda e: e[1]) if photos[0] == 'folder' else list(crops(48, 0))
     assert [(e['image'], e['label']) for e in seen] == expected
     assert len({e['name'] for e in seen}) == 48
@@ -309,6 +311,35 @@ def test_bad_images_in_tfds(tmp_path, file_format):
     assert len(list(pipeline.train_batches(source, data, 8, 0, 0, 2))) == 2
 
 
+def test_files_that_cannot_be_opened(tmp_path, capfd):
+    """A dangling link, and a name that is no UTF-8, of a good and a bad image: read, named, replaced and listed."""
+    root = tmp_path / 'train'
+    write_files(tmp_path, {f'train/{i}.jpg': b for i, (b, _) in enumerate(crops(6))})
+    (root / 'gone.jpg').symlink_to(tmp_path / 'nowhere')
+    for name, content in ((b'caf\xe9.jpg', next(crops(1))[0]), (b'b\xe9d.jpg', b'not an image')):
+        with open(os.path.join(os.fsencode(root), name), 'wb') as f:
+            f.write(content)
+    c = for_photos(mae_mto.get_config(), tmp_path, 'folder')
+    c.data.val_split = c.data.test_split = 'train'
+    c.data.image_size = (32, 32)
+    source = sources.open_source(c.data, 'train')
+    assert source.num_examples == 9
+    with pytest.raises(UserError, match=r'cannot decode .*/(gone\.jpg|b\\xe9d\.jpg): '):
+        list(pipeline.train_batches(source, c.data, 9, 0, 0, 1))
+    with pytest.raises(UserError, match='2 images cannot be decoded'):
+        tasks.run(ConfigDict(c.to_dict() | {'task': 'check'}), tmp_path / 'w')
+    lines = (tmp_path / 'w' / 'unreadable.txt').read_text().splitlines()
+    assert [line.split(': ')[0].rsplit('/', 1)[1] for line in lines] == [r'b\xe9d.jpg', 'gone.jpg']
+    assert 'No such file' in lines[1]
+    c.data.on_error = 'replace'
+    capfd.readouterr()
+    assert len(next(pipeline.train_batches(source, c.data, 9, 0, 0, 1))['label']) == 9
+    shown = capfd.readouterr().err
+    assert all(name in shown for name in ('replaced', 'gone.jpg', r'b\xe9d.jpg'))
+    (batch,) = pipeline.eval_batches(source, c.data, 9)
+    assert batch['valid'].sum() == 7
+
+
 def test_nothing_decodes(tmp_path):
     (tmp_path / 'train').mkdir()
     for i in range(3):
@@ -391,6 +422,75 @@ def test_the_images_that_are_diagnosed_are_of_all_classes(config, tmp_path, monk
     pretrain.run(config, tmp_path / 'w')
     assert len(seen[0]) == 64
     assert set(seen[0]) == {0, 1}
+
+
+def write_files(root, files):
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+
+
+def saved(image, kind):
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def test_other_formats_are_read_as_pil_sees_them():
+    """WebP, TIFF, AVIF, GIF and BMP, of palettes, 16 bits and one channel too; what has no 8 or 16 bits is refused."""
+    base = photo(1).resize((60, 40))
+    deep = np.asarray(base.convert('L'), np.uint16) * 257
+    cases = [(base, kind) for kind in ('WEBP', 'TIFF', 'AVIF', 'GIF', 'BMP')]
+    cases += [(base.convert('P'), kind) for kind in ('GIF', 'BMP', 'TIFF')]
+    cases += [(base.convert('L'), kind) for kind in ('WEBP', 'BMP')] + [(Image.fromarray(deep), 'TIFF')]
+    for image, kind in cases:
+        encoded = saved(image, kind)
+        for channels, mode in ((3, 'RGB'), (1, 'L')):
+            seen = (
+                Image.fromarray((deep >> 8).astype(np.uint8))
+                if image.mode == 'I;16'
+                else Image.open(io.BytesIO(encoded))
+            )
+            np.testing.assert_array_equal(
+                pipeline.decode(encoded, channels).numpy().squeeze(), np.asarray(seen.convert(mode)), err_msg=kind
+            )
+    data = mae_mto.get_config().data
+    assert pipeline.train_image(saved(base, 'WEBP'), tf.constant([0, 1], tf.int64), data).shape == (224, 224, 3)
+    with pytest.raises(ValueError, match='mode F'):
+        pipeline.decode(saved(base.convert('F'), 'TIFF'), 3)
+
+
+def test_what_a_folder_holds_is_said(tmp_path, capsys):
+    """Images, classes and what is skipped; hidden files are not there, and a class of unknown files is named."""
+    files = {
+        f'train/a/{n}': b'' for n in ('1.webp', '2.tif', '3.jfif', '4.avif', '5.JPG', '._5.JPG', 'boxes.txt', 'LICENSE')
+    }
+    files |= {'train/b/1.png': b'', 'train/.ipynb_checkpoints/1.jpg': b'', '.cache/x/1.jpg': b'', 'train/c/1.heic': b''}
+    write_files(tmp_path, files | {'val/a/1.heic': b''})
+    for _ in range(2):
+        found = folder.open_folder(str(tmp_path), 'train')
+    assert found.labels.tolist() == [0] * 5 + [1]
+    assert found.classes == {'a', 'b'}
+    assert capsys.readouterr().out == (
+        f'data: {tmp_path}/train: 6 images, 2 classes; skipped 1 .heic, 1 .txt, 1 without a suffix '
+        '(no image at all in c: no class)\n'
+    )
+    with pytest.raises(UserError, match=r"'val' of .* holds no image \(\.jpg, .*\.avif\); it has 1 \.heic"):
+        folder.open_folder(str(tmp_path), 'val')
+
+
+def test_loops_of_links_end(tmp_path):
+    """A link into what it lies in is not followed; others are, also twice to one place."""
+    write_files(tmp_path, {'data/train/a/1.png': b'', 'elsewhere/2.png': b''})
+    train = tmp_path / 'data' / 'train'
+    (train / 'a' / 'up').symlink_to(train)
+    (train / 'a' / 'self').symlink_to(train / 'a' / 'self')
+    for name in ('b', 'c'):
+        (train / name).symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'data' / 'val').symlink_to(train)
+    found = folder.open_folder(str(tmp_path / 'data'), 'train')
+    assert [p.removeprefix(f'{train}/') for p in found.paths] == ['a/1.png', 'b/2.png', 'c/2.png']
+    assert len(folder.open_folder(str(tmp_path / 'data'), 'val').paths) == 3
 
 
 def test_folder_with_stray_images(tmp_path):
