@@ -87,6 +87,8 @@ def shows(default, rule=None, **more) -> Field:
 
 
 PORTION = (lambda v: 0 < v <= 1, 'in (0, 1]')
+UNIT = (lambda v: 0 <= v <= 1, 'in [0, 1], of pixels in [0, 1]: divide what is meant for 0 to 255 by 255')
+DEVIATION = (lambda v: 0 < v <= 1, UNIT[1].replace('[0, 1]', '(0, 1]', 1))
 PROBABILITY = (lambda v: 0 <= v <= 1, 'in [0, 1]')
 
 
@@ -159,8 +161,8 @@ FIELDS: dict[str, Field] = {
     # subtracted from their values; what is below 0 then is ignored
     'data.mask_offset': shapes(0, at_least(0), trains=True),
     'data.ignore_label': shapes(255, within(0, 256), trains=True),  # a value that counts for nothing
-    'data.mean': shapes((0.485, 0.456, 0.406)),  # of pixels in [0, 1], one per channel
-    'data.std': shapes((0.229, 0.224, 0.225), each(above(0))),
+    'data.mean': shapes((0.485, 0.456, 0.406), each(UNIT)),  # of pixels in [0, 1], one per channel
+    'data.std': shapes((0.229, 0.224, 0.225), each(DEVIATION)),
     'data.shuffle_buffer': shapes(20_000, at_least(1)),  # records; TFRecord only, ArrayRecord permutes exactly
     # an image that cannot be decoded: raise, or replace it by the next one that can
     'data.on_error': shows('raise', one_of('raise', 'replace'), replaces=True),

@@ -50,6 +50,10 @@ class Folder:
         return int(self.labels.max()) + 1
 
     @property
+    def unlabelled(self) -> str:
+        return '' if self.num_classes else 'its images lie in no class folders, <split>/<class>/*.jpg'
+
+    @property
     def num_examples(self) -> int:
         return len(self.paths)
 

@@ -44,6 +44,11 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
     wanted = (*data.image_size, data.channels)
     if images.shape[1:] != wanted or images.dtype != np.uint8:
         raise UserError(f'data: the images are {images.dtype} {images.shape[1:]}, the config says uint8 {wanted}')
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+        raise UserError(
+            f'data: {name}_label of {data.data_dir} is {labels.dtype} {labels.shape}; it must be whole numbers, one '
+            f'for each of the {len(images)} images'
+        )
     return images[part], labels[part].astype(np.int32)
 
 

@@ -179,7 +179,12 @@ def _mask(example, data, make) -> dict[str, tf.Tensor]:
     sizes = tf.shape(decode(example['mask'], 0)), _size(example['image'], data.channels)
     same = tf.debugging.assert_equal(sizes[0][:2], sizes[1], 'the label map has another size than its image')
     grey = tf.debugging.assert_equal(sizes[0][2], 1, 'the label map has colours; it must have one channel of labels')
-    with tf.control_dependencies([c for c in (same, grey) if c is not None]):
+    # Of other depths the decoder stretches or shifts the values. It is the byte after the width and height in a PNG.
+    eight = (tf.strings.substr(example['mask'], 0, 4) != b'\x89PNG') | (
+        tf.strings.substr(example['mask'], 24, 1) == b'\x08'
+    )
+    bits = tf.debugging.assert_equal(eight, True, 'the label map must have 8 bits a pixel')
+    with tf.control_dependencies([c for c in (same, grey, bits) if c is not None]):
         values = tf.cast(make(example['mask'], 1), tf.int32)
     labels = tf.where(values == data.ignore_label, -1, tf.maximum(values - data.mask_offset, -1))
     below = tf.debugging.assert_less(labels, data.num_classes, 'the label map has labels from data.num_classes up')

@@ -14,11 +14,14 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from mto_jax.data import folder
+from mto_jax.data.order import subset
 from mto_jax.errors import UserError
 from mto_jax.runtime.parallel import Part
 
 # TensorFlow feeds the host pipeline only; the accelerator is jax's.
 tf.config.set_visible_devices([], 'GPU')
+
+LOOKED_AT = 64  # labels of a split, where they are checked
 
 IMAGENET_STEPS = """\
 ImageNet has to be prepared once (about 300 GB of disk while it runs, 150 GB after):
@@ -37,11 +40,13 @@ class Source(Protocol):
     Attributes:
       num_examples: how many there are.
       num_classes: of their labels: 0 without labels, None where it is not known.
+      unlabelled: why there are no labels, in words; '' where there are.
       random_access: whether they can be read in any order; without, `shuffled` reads them.
     """
 
     num_examples: int
     num_classes: int | None
+    unlabelled: str
     random_access: bool
 
     def order(self, part: Part) -> str:
@@ -72,8 +77,17 @@ class Tfds:
 
     @property
     def num_classes(self) -> int | None:
+        return 0 if self.unlabelled else getattr(self.builder.info.features['label'], 'num_classes', None)
+
+    @property
+    def unlabelled(self) -> str:
         features = self.builder.info.features
-        return getattr(features['label'], 'num_classes', None) if 'label' in features else 0
+        if 'label' not in features:
+            return f'{self.builder.name} has no feature "label"; it has {", ".join(features)}'
+        kind = features['label']
+        if isinstance(kind, tfds.features.Text) or kind.shape != () or not np.issubdtype(kind.np_dtype, np.integer):
+            return f'the feature "label" of {self.builder.name} is {kind!r}; it must be one whole number an image'
+        return ''
 
     @property
     def random_access(self) -> bool:
@@ -134,7 +148,7 @@ class Tfds:
         return self._select(features.deserialize_example(serialized, decoders=self._undecoded), self._name(position))
 
     def _select(self, example, name):
-        label = example.get('label', tf.constant(-1, tf.int64))
+        label = tf.constant(-1, tf.int64) if self.unlabelled else example['label']
         mask = {'mask': example[self.mask]} if self.mask else {}
         return {'image': example['image'], 'label': tf.cast(label, tf.int64), 'name': name} | mask
 
@@ -156,6 +170,49 @@ def open_source(data, split: str) -> Source:
     return source
 
 
+def require_labels(data, task: str, train: str, *splits: str) -> None:
+    """Look at a few labels of the splits that `task` learns from and is measured by.
+
+    Args:
+      task: in words, for the message: 'kNN (eval.every_epochs)'.
+      train: the split it learns from.
+      splits: those it is measured by.
+
+    Raises:
+      UserError: naming the split that has no labels, more classes than `data.num_classes`, or, of a folder, a class
+        that the training split lacks.
+    """
+    known = None
+    for split in (train, *splits):
+        source = open_source(data, split)
+        why = source.unlabelled
+        if not why:
+            count = min(LOOKED_AT, source.num_examples)
+            # A sequential format would be read to its end for those anywhere.
+            where = subset(source.num_examples, count) if source.random_access else np.arange(count)
+            found = [int(e['label']) for e in source.select([where]).take(count).as_numpy_iterator()]
+            why = f'the label of an image is {min(found)}' if min(found) < 0 else ''
+        if why:
+            raise UserError(
+                f'data: the split {split!r} has no labels, which {task} needs: {why}. Name a labelled one with '
+                '--config.data.train_split, val_split and test_split'
+            )
+        classes = source.num_classes or max(found) + 1
+        if classes > data.num_classes:
+            raise UserError(
+                f'data.num_classes is {data.num_classes}; {split} has {classes} classes: set '
+                f'--config.data.num_classes={classes}'
+            )
+        there = getattr(source, 'classes', frozenset())
+        known = there if known is None else known
+        if lacking := sorted(there - known):
+            more = f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''
+            raise UserError(
+                f'data: the split {split!r} has classes that {train!r} lacks: {", ".join(lacking[:5])}{more}. A class '
+                'is a folder in a split, <split>/<class>/*.jpg, of one name in all of them'
+            )
+
+
 def _open_tfds(data, split: str) -> Tfds:
     builder = _builder(data)
     splits = builder.info.splits
@@ -167,11 +224,18 @@ def _open_tfds(data, split: str) -> Tfds:
         raise UserError(f'data: the split {split!r} of {builder.name} is empty')
     if 'image' not in builder.info.features:
         raise UserError(f'data: {builder.name} has no feature "image"; it has {", ".join(builder.info.features)}')
-    maps = [name for name, f in builder.info.features.items() if isinstance(f, tfds.features.Image) and name != 'image']
+    images = {n: f for n, f in builder.info.features.items() if isinstance(f, tfds.features.Image)}
+    kind = builder.info.features['image']
+    if 'image' not in images or kind.np_dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f'data: the feature "image" of {builder.name} is {kind!r}; it must be a tfds.features.Image of uint8 or '
+            'uint16, which is stored as JPEG or PNG: prepare the data set with that'
+        )
+    maps = [name for name, f in images.items() if f.np_dtype == np.uint8 and name != 'image']
     if data.mask and data.mask not in maps:
         raise UserError(
             f'data.mask is {data.mask!r}; the label maps of {builder.name} are {", ".join(maps) or "none"} '
-            f'(features that are images; it has {", ".join(builder.info.features)})'
+            f'(features that are images of uint8; it has {", ".join(builder.info.features)})'
         )
     return Tfds(builder, split, data.shuffle_buffer, data.mask)
 

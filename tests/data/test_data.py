@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from mto_jax.data import augment, order, pipeline, sources
+from mto_jax.data import augment, memory, order, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.runtime import parallel
 
@@ -155,6 +155,84 @@ def test_labels_are_optional(config, tmp_path):
     config.data.name, config.data.data_dir, config.data.channels = '', str(tmp_path / 'tiny' / '1.0.0'), 3
     source = sources.open_source(config.data, 'train')
     assert (next(pipeline.train_batches(source, config.data, 8, 0, 0, 1))['label'] == -1).all()
+
+
+def stored(data, root, features, example, count=9):
+    """A data set of one split with these features, and how `data` names it."""
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name='odd',
+        version='1.0.0',
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={'train': [(i, example(i)) for i in range(count)]},
+        data_dir=root,
+        file_format='array_record',
+        disable_shuffling=True,
+    )
+    data.name, data.data_dir, data.channels = '', str(root / 'odd' / '1.0.0'), 3
+
+
+GREY = np.full((8, 8, 3), 7, np.uint8)
+IMAGE = tfds.features.Image(shape=(8, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ('feature', 'pixels'),
+    [
+        (tfds.features.Image(shape=(8, 8, 1), dtype=np.float32), np.full((8, 8, 1), 0.5, np.float32)),
+        (tfds.features.Tensor(shape=(8, 8, 5), dtype=np.uint8), np.zeros((8, 8, 5), np.uint8)),
+    ],
+    ids=['float', 'five channels'],
+)
+def test_pixels_that_would_be_misread_are_refused(config, tmp_path, feature, pixels):
+    stored(config.data, tmp_path, {'image': feature}, lambda i: {'image': pixels})
+    with pytest.raises(
+        UserError, match=r'the feature "image" of odd is .*; it must be a tfds\.features\.Image of uint8'
+    ):
+        sources.open_source(config.data, 'train')
+
+
+def test_a_label_map_of_floats_is_none(config, tmp_path):
+    depth = tfds.features.Image(shape=(8, 8, 1), dtype=np.float32)
+    stored(
+        config.data,
+        tmp_path,
+        {'image': IMAGE, 'depth': depth},
+        lambda i: {'image': GREY, 'depth': np.ones((8, 8, 1), 'f4')},
+    )
+    config.data.mask = 'depth'
+    with pytest.raises(UserError, match=r"data\.mask is 'depth'; the label maps of odd are none"):
+        sources.open_source(config.data, 'train')
+
+
+@pytest.mark.parametrize(
+    ('feature', 'label'),
+    [
+        (tfds.features.Text(), 'cat'),
+        (tfds.features.Sequence(tfds.features.ClassLabel(num_classes=3)), [0, 2]),
+        (np.float32, 1.5),
+        (tfds.features.ClassLabel(num_classes=3), -1),
+    ],
+    ids=['string', 'several', 'fractional', 'none'],
+)
+def test_labels_that_are_no_class(config, tmp_path, feature, label):
+    """A pre-training needs none; what does is refused, with the feature's name."""
+    stored(config.data, tmp_path, {'image': IMAGE, 'label': feature}, lambda i: {'image': GREY, 'label': label})
+    source = sources.open_source(config.data, 'train')
+    assert (next(pipeline.train_batches(source, config.data, 8, 0, 0, 1))['label'] == -1).all()
+    words = 'the label of an image is -1' if label == -1 else 'the feature "label" of odd is'
+    with pytest.raises(UserError, match=f"the split 'train' has no labels, which kNN needs: {words}"):
+        sources.require_labels(config.data, 'kNN', 'train')
+
+
+@pytest.mark.parametrize('labels', [np.array([0.5] * 4), np.array(['a'] * 4), np.zeros((4, 2), int)])
+def test_labels_in_memory_are_whole_numbers(config, tmp_path, labels):
+    data = config.data
+    data.data_dir, data.image_size = str(tmp_path / 'x.npz'), (8, 8)
+    np.savez(data.data_dir, train_image=np.zeros((4, 8, 8, 1), np.uint8), train_label=labels)
+    with pytest.raises(
+        UserError, match=r'train_label of .*x\.npz is .*; it must be whole numbers, one for each of the 4'
+    ):
+        memory.load(data, 'train')
 
 
 def windows(height, width, count=3000, area=(0.2, 1.0), aspect=(3 / 4, 4 / 3)):
