@@ -1,14 +1,17 @@
 """Bad input, a line each: what is given, and what the message must say. Nothing may have been trained or written."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from configs import base, bootmae, bootmae_mto, conmim, conmim_mto, mae, mae_mto, quickstart, simmim, simmim_mto
 from configs import report as report_config
 from mto_jax import tasks
 from mto_jax.config import FIELDS, check
+from mto_jax.data import sources
 from mto_jax.errors import UserError
 from mto_jax.evals import features
-from mto_jax.tasks import train
+from mto_jax.tasks import pretrain, train
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ ALONE = {
     'data.interpolation': 'nearest',
     'data.eval_resize': -1,
     'data.mean': (0.1, 0.2),
-    'data.std': (0.0,),
+    'data.std': (72.9,),
     'data.shuffle_buffer': 0,
     'data.on_error': 'ignore',
     'data.threads': -1,
@@ -207,6 +210,43 @@ def test_a_field_by_itself(fails, field, value):
 )
 def test_fields_and_surroundings(fails, changes, words):
     assert words in fails(changes)
+
+
+@pytest.fixture
+def images(config, tmp_path, rng):
+    """A folder of images with labelled, flat and odd splits, which the config names."""
+    root, files = tmp_path / 'images', [f'train/{c}/{i}.png' for c in 'ab' for i in range(20)]
+    files += [f'unlabeled/{i}.png' for i in range(40)] + [f'flat/{i}.png' for i in range(4)]
+    files += ['val/a/1.png', 'val/b/1.png', 'tiny/images/1.png', 'tiny/val/1.png']
+    for path in files:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (28, 28), np.uint8)).save(root / path)
+    d = config.data
+    d.name, d.data_dir, d.train_split, d.val_split, d.test_split = 'folder', str(root), 'train', 'val', 'val'
+    config.optim.warmup_epochs = 0.0
+    return config
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'data.val_split': 'flat'}, "the split 'flat' has no labels, which kNN on the way (eval.every_epochs"),
+        ({'data.train_split': 'unlabeled'}, "the split 'unlabeled' has no labels, which kNN on the way"),
+        ({'data.val_split': 'tiny'}, "the split 'tiny' has classes that 'train' lacks: images, val. A class is"),
+        ({'data.num_classes': 1}, 'data.num_classes is 1; train has 2 classes'),
+        ({'task': 'compare', 'eval.every_epochs': 0.0, 'data.test_split': 'flat'}, 'which a comparison needs'),
+    ],
+    ids=['flat validation', 'unlabelled training', 'other classes', 'few classes', 'comparison'],
+)
+def test_what_the_first_evaluation_would_need(images, fails, changes, words):
+    assert words in fails({'eval.every_epochs': 1.0} | changes)
+
+
+def test_pretraining_needs_no_labels(images):
+    """STL-10's form, as long as nothing on the way needs them; a probe of it names labelled splits."""
+    images.data.train_split, images.data.val_split, images.eval.every_epochs = 'unlabeled', 'flat', 0.0
+    assert pretrain.plan(images).source.num_examples == 40
+    sources.require_labels(images.data, 'knn', 'train', 'val')
 
 
 @pytest.mark.parametrize('field', ['data.crop', 'model.dtype', 'optim.b1', 'finetune.optim.b1', 'eval.knn_k'])

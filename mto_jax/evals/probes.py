@@ -22,13 +22,13 @@ def probe(encode: Callable, params, config, mesh, split: str, probes=frozen.PROB
     return frozen.accuracies(train, test, c, data.num_classes, mesh, probes)
 
 
-def check(method: methods.Method, config, mesh, *splits: str) -> None:
+def check(method: methods.Method, config, mesh, *splits: str, task: str = 'a probe') -> None:
     """Raises UserError where probes of the method on these splits cannot run: to be called before any work."""
     features.encoder(method, config)
     features.item(method, config.eval)
     eval_part(config.eval.batch_size, mesh)
-    for split in splits:
-        sources.open_source(config.data, split)
+    if splits:
+        sources.require_labels(config.data, task, config.data.train_split, *splits)
 
 
 def eval_part(batch_size: int, mesh) -> parallel.Part:

@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     """
     for enabled in (False, True):
         plan = pretrain.plan(_setup(config, config.compare.seeds[0], enabled))
-        probes.check(plan.job.objective.method, config, plan.mesh, config.data.test_split)
+        probes.check(plan.job.objective.method, config, plan.mesh, config.data.test_split, task='a comparison')
     mesh = plan.mesh
     workdir = epath.Path(workdir)
     results: dict[str, list[dict[str, float]]] = {}

@@ -44,7 +44,9 @@ def plan(config: ConfigDict) -> train.Plan:
         training = job.prepare(config, source.num_examples)
         interval = schedules.evaluation_interval(config.eval.every_epochs, training.per_epoch)
         method = training.objective.method
-        probes.check(method, config, mesh)  # also where none is used: a mistake is better found now
+        measured = [config.data.val_split] if interval else []
+        # Also where no probe is used: a mistake is better found now.
+        probes.check(method, config, mesh, *measured, task='kNN on the way (eval.every_epochs; 0 for none)')
         training.sharding(mesh)
         train.require_accelerator(config)
     title = f'{config.method}, MTO {"on" if method.mto else "off"}'

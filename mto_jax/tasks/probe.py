@@ -36,9 +36,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     def require(start):
         encoders(start)
         require_free(path, start.config.checkpoint)
+        data = start.config.data
         probes.eval_part(start.config.eval.batch_size, mesh)
-        for name in (start.config.data.train_split, start.config.data.test_split):
-            sources.open_source(start.config.data, name)
+        sources.require_labels(data, config.task, data.train_split, data.test_split)
 
     start, params = pretrained.find(config, mesh, require)
     c, split = start.config, start.config.data.test_split

@@ -66,9 +66,8 @@ def plan(config: ConfigDict) -> train.Plan:
     c = start.config
     with hosts.together():
         randaugment.parse(c.data)
-        source = _labelled(c, c.data.train_split)
-        for split in (c.data.val_split, c.data.test_split):
-            _labelled(c, split)
+        source = sources.open_source(c.data, c.data.train_split)
+        _require_targets(c)
         probes.eval_part(c.eval.batch_size, mesh)
         train.require_accelerator(c)
     frozen = c.task == 'probe'
@@ -185,22 +184,16 @@ def _dense(config) -> bool:
     return config.task == 'probe' and config.probe.head == 'dense'
 
 
-def _labelled(config, split: str) -> sources.Source:
-    """A split, which must have what the task learns from."""
-    data = config.data
-    source = sources.open_source(data, split)
-    if _dense(config):
-        if not data.mask:
-            raise UserError(
-                "data.mask is ''; a dense probe learns from label maps: name the feature that has them, or with "
-                "data.name='folder' their folder"
-            )
-        return source
-    if source.num_classes == 0:
-        raise UserError(f'data: {split} has no labels, which a {config.task} learns from and is measured by')
-    if source.num_classes and source.num_classes > data.num_classes:
+def _require_targets(config) -> None:
+    """Raises UserError where a split lacks what the task learns from and is measured by."""
+    data, splits = config.data, (config.data.train_split, config.data.val_split, config.data.test_split)
+    if not _dense(config):
+        sources.require_labels(data, f'a {config.task}', *splits)
+        return
+    if not data.mask:
         raise UserError(
-            f'data.num_classes is {data.num_classes}; {split} has {source.num_classes} classes: set '
-            f'--config.data.num_classes={source.num_classes}'
+            "data.mask is ''; a dense probe learns from label maps: name the feature that has them, or with "
+            "data.name='folder' their folder"
         )
-    return source
+    for split in splits:
+        sources.open_source(data, split)
