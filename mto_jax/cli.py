@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from mto_jax.config import EVALUATIONS
+from mto_jax.config import EVALUATIONS, PATHS
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -35,18 +35,35 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f'unknown argument {argv[1]!r}; config fields are set with --config.field=value')
         if not flags.FLAGS['verbosity'].present:
-            logging.set_verbosity(logging.ERROR)  # the libraries' own chatter; --verbosity=0 shows it
+            logging.set_verbosity(logging.FATAL)  # the libraries' own chatter, errors that we report too; --verbosity=0
+            sys.unraisablehook = _unraisable
         from mto_jax.errors import UserError
 
         file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
         name = Path(file).stem + (f'_{argument}' if argument else '')
         config = _CONFIG.value
         try:
-            job(config, epath.Path(_WORKDIR.value or config.workdir or default_workdir(name, config)))
+            _expand_home(config)
+            workdir = _WORKDIR.value or config.workdir or default_workdir(name, config)
+            job(config, epath.Path(workdir).expanduser())
+            sys.stdout.flush()
         except UserError as e:
             stop(str(e))
+        except BrokenPipeError:
+            # What Python flushes at its end must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            stop('the output was closed while the job ran, and it has ended; the same command resumes what was saved')
 
     app.run(main, flags_parser=_parse)
+
+
+def _expand_home(config: ConfigDict) -> None:
+    """~ in the fields that are paths: a shell leaves it in --config.field=~/x."""
+    for name in PATHS:
+        *group, last = name.split('.')
+        inner = config[group[0]] if group else config
+        if inner[last]:
+            inner[last] = ','.join(os.path.expanduser(path) for path in inner[last].split(','))
 
 
 def default_workdir(name: str, config: ConfigDict) -> str:
@@ -79,6 +96,12 @@ def _parse(argv):
     except (flags.Error, OSError) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         stop(lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}')
+
+
+def _unraisable(found):
+    """Leaves out what tensorstore's threads print, hundreds of times, once a save has failed: that is reported."""
+    if str(found.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(found)
 
 
 def stop(problem: str):

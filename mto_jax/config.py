@@ -6,6 +6,7 @@ checked where they meet. Types are ml_collections' business.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -35,12 +36,16 @@ def one_of(*values) -> Rule:
     return lambda v: v in values, 'one of ' + ', '.join(repr(v) for v in values)
 
 
+def whole(low: int) -> Rule:
+    return lambda v: isinstance(v, int) and v >= low, f'a whole number of at least {low}'
+
+
 def each(rule: Rule, count: int = 0) -> Rule:
     """A sequence whose members follow a rule; `count` of them, or any number but none."""
     ok, words = rule
     return (
         lambda v: (len(v) == count if count else len(v) > 0) and all(map(ok, v)),
-        f'{count or "one or more"} numbers, each {words}',
+        f'{count or "one or more"} values, each {words}',
     )
 
 
@@ -87,6 +92,8 @@ def shows(default, rule=None, **more) -> Field:
 
 
 PORTION = (lambda v: 0 < v <= 1, 'in (0, 1]')
+# More bits than these would not tell streams apart: jax's keys take 32.
+SEED = (lambda v: isinstance(v, int) and 0 <= v < 2**32, 'a whole number from 0 to 2**32 - 1')
 UNIT = (lambda v: 0 <= v <= 1, 'in [0, 1], of pixels in [0, 1]: divide what is meant for 0 to 255 by 255')
 DEVIATION = (lambda v: 0 < v <= 1, UNIT[1].replace('[0, 1]', '(0, 1]', 1))
 PROBABILITY = (lambda v: 0 <= v <= 1, 'in [0, 1]')
@@ -123,10 +130,13 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
 # The tasks that evaluate a checkpoint, and whether they train.
 EVALUATIONS = {'knn': False, 'linear': False, 'probe': True, 'finetune': True}
 
+# Fields that name files or folders; where there may be several, commas lie between them.
+PATHS = ('workdir', 'checkpoint', 'resume_from', 'init_from', 'data.data_dir', 'data.mask', 'report.runs')
+
 FIELDS: dict[str, Field] = {
     'task': shows('pretrain', own=True),  # pretrain, knn, linear, probe, finetune, compare, check, report
     'method': shapes('mae'),  # mae, simmim, bootmae, conmim, or an importable module with build(config)
-    'seed': shapes(0, at_least(0), trains=True),
+    'seed': shapes(0, SEED, trains=True),
     'workdir': shows('', own=True),  # '' for runs/<name of the config>; the same workdir resumes
     'checkpoint': shapes('', own=True),  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
     # a new workdir goes on from this run's whole state: its workdir, or its checkpoints/<step>
@@ -141,7 +151,7 @@ FIELDS: dict[str, Field] = {
     'data.val_split': shows('validation', trains=True),  # watched during development
     'data.test_split': shows('validation', replaces=True),  # reported by task=knn and task=linear
     # height, width; an evaluation at another size interpolates what the encoder learned per position
-    'data.image_size': shapes((224, 224), each(at_least(1), 2), replaces=True),
+    'data.image_size': shapes((224, 224), each(whole(1), 2), replaces=True),
     'data.channels': shapes(3, at_least(1)),
     'data.num_classes': shapes(1000, at_least(1), replaces=True),
     # resize: the whole image, no crop
@@ -200,7 +210,7 @@ FIELDS: dict[str, Field] = {
     'bootmae.decoder_depth': shapes(2, at_least(1)),  # of both decoders
     'bootmae.decoder_width': shapes(512, at_least(1)),  # of the pixel decoder; the other is as wide as the encoder
     'bootmae.block_patches': shapes(120, at_least(1)),  # hidden in blocks; the rest of mask_ratio one by one
-    'bootmae.block_area': shapes((16, 60), ascending(at_least(1))),  # of one block, in patches
+    'bootmae.block_area': shapes((16, 60), ascending(whole(1))),  # of one block, in patches
     'bootmae.block_aspect': shapes(0.3, PORTION),  # height over width: from this to its inverse
     'bootmae.norm_pix_loss': shapes(True),
     'bootmae.weight_patches': shapes(True),  # a hidden patch counts up to twice, the more of its neighbours are hidden
@@ -270,14 +280,14 @@ FIELDS: dict[str, Field] = {
     'eval.weights': shows('student', one_of('student', 'teacher'), own=True),
     'eval.depth': shows(0, at_least(0), own=True),  # blocks to apply; 0 for all and the final norm
     # tasks knn, linear and probe: several such, of which the best is named; () for eval.depth alone
-    'eval.depths': shapes((), none_or_each(at_least(0)), own=True),
-    'eval.knn_k': shows((1, 5, 10, 20), each(at_least(1)), own=True),
+    'eval.depths': shapes((), none_or_each(whole(0)), own=True),
+    'eval.knn_k': shows((1, 5, 10, 20), each(whole(1)), own=True),
     'eval.knn_temperature': shows(0.07, above(0), own=True),
     # chosen on a held-out tenth of the training features, per class
     'eval.linear_l2': shows((1e-5, 1e-4, 1e-3, 1e-2), each(at_least(0)), own=True),
     'eval.linear_steps': shows(200, at_least(1), own=True),  # L-BFGS iterations
     # --- task=compare
-    'compare.seeds': shows((0,), each(at_least(0))),  # one pre-training without and one with MTO for each
+    'compare.seeds': shows((0,), each(SEED)),  # one pre-training without and one with MTO for each
     # --- task=report
     'report.runs': shows(''),  # workdirs of trainings, commas between them
     # --- task=finetune
@@ -303,7 +313,7 @@ FIELDS: dict[str, Field] = {
     **_optim('finetune.optim', shows),
     # --- python -m mto_jax.studies
     'study.variants': shows({}),  # {name: {field: value}}: changes to this; one is 'baseline', more may begin so
-    'study.seeds': shows((0,)),
+    'study.seeds': shows((0,), none_or_each(SEED)),
     'study.budgets': shows(()),  # epochs of each training; () for `epochs`. The warm-up and the decays scale along
     # of a training of the largest budget, evenly spaced; the others: at their end only
     'study.evaluations': shows(4, at_least(1)),
@@ -361,7 +371,7 @@ def check(config: ConfigDict, partial: bool = False) -> None:
         if (value is None and partial) or not FIELDS[name].rule:
             continue
         ok, words = FIELDS[name].rule
-        if value is None or not ok(value):
+        if value is None or not _holds(ok, value):
             raise UserError(f'{name} is {value!r}; it must be {words}')
     for name in ('mean', 'std'):
         if partial and None in (config.data[name], config.data.channels):
@@ -371,6 +381,15 @@ def check(config: ConfigDict, partial: bool = False) -> None:
                 f'data.{name} has {len(config.data[name])} values; it must have one for each of data.channels '
                 f'({config.data.channels})'
             )
+
+
+def _holds(ok: Callable[[Any], bool], value: Any) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    try:
+        return ok(value)
+    except TypeError:  # a member of another type than the rule compares it with
+        return False
 
 
 def values(config: ConfigDict) -> Iterator[tuple[str, Any]]:

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,68 @@ def test_a_run_from_the_command_line(tmp_path):
     assert 'images/s' in out.stdout
     assert 'ETA 0:00:00' in out.stdout
     assert (tmp_path / 'w' / 'checkpoints' / '2').is_dir()
+
+
+SMALL = [
+    '--config=configs/quickstart.py',
+    *(f'--config.{f}' for f in ('task=pretrain', 'epochs=1', 'optim.warmup_epochs=0', 'eval.every_epochs=0')),
+    *(
+        f'--config.{f}'
+        for f in ('model.depth=1', 'model.width=16', 'model.heads=2', 'diagnose_every=0', 'mto.enabled=False')
+    ),
+    *(f'--config.{f}' for f in ('mae.decoder_depth=1', 'mae.decoder_width=8', 'mae.decoder_heads=1')),
+    '--config.data.train_split=train[:300]',
+]
+
+
+def test_no_room_for_a_checkpoint(tmp_path):
+    """One line, and none of the libraries'. The limit on a file's size stands for a disk that fills."""
+    limited = 'import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+    limited += 'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv = sys.argv[1:]; '
+    limited += "runpy.run_path('main.py', run_name='__main__')"
+    out = run('-c', limited, 'main.py', *SMALL, f'--workdir={tmp_path}/w')
+    assert out.returncode == 2
+    (line,) = out.stderr.splitlines()
+    assert re.match(rf'error: .*{tmp_path}/w/.* (could not be saved|cannot be written).*[Mm]ake room', line)
+
+
+def test_output_that_is_closed(tmp_path):
+    """As by `| head -1`."""
+    command = [
+        sys.executable,
+        'main.py',
+        *SMALL,
+        '--config.epochs=500',
+        '--config.log_every=1',
+        f'--workdir={tmp_path}/w',
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 2
+    assert errors.splitlines() == [
+        'error: the output was closed while the job ran, and it has ended; the same command resumes what was saved'
+    ]
+
+
+def test_another_directory_and_home(tmp_path):
+    """The message says where it looked; ~ is the home in every path; another `configs` does not come before ours."""
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / '__init__.py').touch()
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / 'main.py'), *SMALL, '--workdir=~/w']
+    command[2] = f'--config={root}/configs/quickstart.py'
+    env = ENV | {'PYTHONPATH': str(tmp_path), 'HOME': str(tmp_path)}
+
+    def fails(*more):
+        out = subprocess.run([*command, *more], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert out.returncode == 2, out.stderr
+        return out.stderr
+
+    assert f"error: data.data_dir is 'data': no such folder, seen from {tmp_path};" in fails()
+    assert f"data.data_dir is '{tmp_path}/x': no such folder" in fails('--config.data.data_dir=~/x')
+    assert not (tmp_path / '~').exists()
 
 
 def test_the_core_imports_without_tensorflow_and_clu():

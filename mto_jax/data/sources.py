@@ -241,6 +241,11 @@ def _open_tfds(data, split: str) -> Tfds:
 
 
 def _builder(data) -> tfds.core.DatasetBuilder:
+    if data.data_dir and '://' not in data.data_dir and not Path(data.data_dir).expanduser().is_dir():
+        raise UserError(
+            f'data.data_dir is {data.data_dir!r}: no such folder, seen from {Path.cwd()}; start in the folder that it '
+            'is relative to, or give the whole path'
+        )
     if not data.name:
         if not (Path(data.data_dir) / 'dataset_info.json').exists() and '://' not in data.data_dir:
             raise UserError(
@@ -251,7 +256,10 @@ def _builder(data) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(data.name, data_dir=data.data_dir or None, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
-        raise UserError(f'data.name is {data.name!r}: TFDS knows no data set of that name') from None
+        raise UserError(
+            f'data.name is {data.name!r}: TFDS knows no data set of that name, and none is prepared in '
+            f'{data.data_dir or "~/tensorflow_datasets"}'
+        ) from None
     if not builder.is_prepared():
         root = data.data_dir or '~/tensorflow_datasets'
         if data.name.startswith('imagenet2012'):

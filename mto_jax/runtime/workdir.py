@@ -22,11 +22,30 @@ STALE = 60.0  # seconds without one after which it counts as dead
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
-    """Write a file in one piece: whoever reads it sees the old or the new one, also after a kill."""
+    """Write a file in one piece: whoever reads it sees the old or the new one, also after a kill.
+
+    Raises:
+      UserError: where it cannot be written. The old one is there then.
+    """
+    try:
+        _write(path, content)
+    except OSError as e:
+        raise UserError(
+            f'{path} cannot be written: {e.strerror or e}. Make room or choose another --workdir; the same command '
+            'resumes what was saved'
+        ) from None
+
+
+def _write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f'{path.name}.{uuid.uuid4().hex[:8]}.part'
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -188,7 +207,7 @@ class _Lock:
             return None
 
     def _write(self) -> None:
-        write(self._path, json.dumps(self._mine | {'beat': time.time()}))
+        _write(self._path, json.dumps(self._mine | {'beat': time.time()}))
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
