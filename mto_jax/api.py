@@ -19,13 +19,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax import exchange, methods
-from mto_jax.config import FIELDS, evaluation, nested
+from mto_jax.config import evaluation
 from mto_jax.data import augment, pil
 from mto_jax.errors import UserError
 from mto_jax.evals.features import FEATURES
 from mto_jax.models import vit
 from mto_jax.models.heads import pooled
-from mto_jax.runtime import hosts
+from mto_jax.runtime.workdir import completed
 from mto_jax.tasks import pretrained
 from mto_jax.training import checkpoint, classify
 from mto_jax.training.objective import Pretraining
@@ -276,7 +276,7 @@ def _pretrained(reader, step, saved, weights, size) -> Model:
 def _classifier(reader, step, saved, weights, size) -> Model:
     if weights != 'student':
         raise UserError(f'weights is {weights!r}, but {reader.workdir} is a fine-tuning, which has no teacher')
-    config = nested({n: field.default for n, field in FIELDS.items()} | hosts.flatten(saved))
+    config = completed(saved)
     config.model.attention = _attention(config.model.attention)
     method = methods.build(config)
     params, model_state = jax.eval_shape(classify.build(config, method).init, jax.random.key(0))

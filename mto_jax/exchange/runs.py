@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from mto_jax.config import FIELDS, nested
 from mto_jax.errors import UserError
 from mto_jax.exchange.model import Weights, encoder_alone
-from mto_jax.runtime import environment, hosts, parallel
+from mto_jax.runtime import environment, parallel
+from mto_jax.runtime.workdir import completed
 from mto_jax.training import checkpoint
 from mto_jax.training.train_state import TrainState
 
@@ -36,7 +35,7 @@ def load(path: str | Path, teacher: bool = False) -> tuple[Weights, Path]:
         saved = reader.config(step)
         if saved['task'] == 'probe':
             raise UserError(f'{path} is of a probe, which trains no encoder; convert {saved["checkpoint"]}')
-        config = _completed(saved)
+        config = completed(saved)
         tuned = saved['task'] == 'finetune'
         entry = 'teacher' if teacher else 'ema' if tuned and config.classify.ema else ''
         items = reader.items(step)
@@ -67,13 +66,6 @@ def _arrays(reader: checkpoint.Checkpointer, step: int, item: str) -> dict[str, 
     shapes = reader.shapes(step, item)
     found = reader.restore_item(checkpoint.abstract_like(shapes, parallel.replicated(mesh)), step, item)
     return jax.tree.map(np.asarray, found)
-
-
-def _completed(saved) -> ConfigDict:
-    """A checkpoint's config; fields that it is too old to have are as their defaults."""
-    tuples = {name for name, field in FIELDS.items() if isinstance(field.default, tuple)}  # lists in JSON
-    found = {name: tuple(value) if name in tuples else value for name, value in hosts.flatten(saved).items()}
-    return nested({name: field.default for name, field in FIELDS.items()} | found)
 
 
 def is_run(path: Path) -> bool:

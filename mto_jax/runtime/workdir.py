@@ -114,7 +114,8 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 def completed(saved: Mapping[str, Any]) -> ConfigDict:
     """A saved config as one of now: fields that it is too old to have are the defaults, unknown ones are left out."""
-    there = {n: v for n, v in flatten(saved).items() if field_of(n)}
+    tuples = {n for n, field in FIELDS.items() if isinstance(field.default, tuple)}  # lists in JSON
+    there = {n: tuple(v) if n in tuples else v for n, v in flatten(saved).items() if field_of(n)}
     return nested({n: f.default for n, f in FIELDS.items()} | there)
 
 
