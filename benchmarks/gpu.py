@@ -36,8 +36,7 @@ PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bfloat16 FLOP/
 LIMIT = 0.97  # of the card's memory, what jax may take
 KEPT = 0.93  # of the card's memory, what a step may take where the largest batch is looked for
 
-MAE = ('ours', 'ours, cudnn', 'ours, mto', 'ours, cudnn, mto fused')
-SIMMIM = ('ours', 'ours, cudnn', 'ours, mto', "ours, peer's model, cudnn")
+OURS = ('ours', 'ours, mto', 'ours, plain')
 PEER = ('peer, compiled', 'peer, compiled, graphs', 'peer, eager')
 
 
@@ -63,11 +62,10 @@ class Part:
 
 # In the order of their value: where time is short, the last are left out.
 PARTS = {
-    'mae_b': Part('mae', 'b', 256, (*MAE, *PEER), profile=('ours', 'ours, cudnn')),
-    'mae_l': Part('mae', 'l', 256, ('ours', 'ours, cudnn', PEER[0])),
-    'simmim_b': Part('simmim', 'b', 256, (*SIMMIM, PEER[0]), profile=('ours, cudnn',)),
-    'mae_b_large': Part('mae', 'b', 0, ('ours, cudnn', PEER[0]), before='mae_b'),
-    'mae_b_plain': Part('mae', 'b', 256, ('ours', 'ours, plain')),
+    'mae_b': Part('mae', 'b', 256, (*OURS, *PEER), profile=('ours', 'ours, plain')),
+    'mae_l': Part('mae', 'l', 256, ('ours', PEER[0])),
+    'simmim_b': Part('simmim', 'b', 256, (*OURS, "ours, peer's model", PEER[0]), profile=('ours',)),
+    'mae_b_large': Part('mae', 'b', 0, ('ours', PEER[0]), before='mae_b'),
 }
 TINY = {'depth': 2, 'width': 32, 'heads': 2, 'image': 32, 'patch': 8, 'batch': 4}
 
@@ -329,46 +327,22 @@ class Ours:
         config = described({'mae': mae, 'simmim': simmim}[method].get_config(f'vit_{self.job["size"]}'), self.job)
         if name.endswith('mto'):
             config = {'mae': mae_mto, 'simmim': simmim_mto}[method].with_mto(config)
-        if 'mto fused' in name:
-            config = mae_mto.with_mto(config)
         if "peer's model" in name:  # ViTForMaskedImageModeling: learned positions, no layer scale, no dropped paths
             m = config.model
             m.relative_bias, m.position, m.layer_scale, m.drop_path, m.qkv_bias = False, 'learned', 0.0, 0.0, 'qkv'
-        on_gpu = self.device.platform == 'gpu'
-        config.model.attention = 'cudnn' if 'cudnn' in name and on_gpu else 'xla'
         if 'plain' in name:
             config.model.attention = ''
         return config
-
-    def prepared(self, name: str):
-        """The training of a variant, a `job.Job`."""
-        import jax
-
-        from mto_jax import methods
-        from mto_jax.data import order
-        from mto_jax.training import job, schedules
-        from mto_jax.training.objective import Pretraining
-
-        config = self.config(name)
-        data, method = config.data, methods.build(config)
-        if 'cudnn' in name:
-            settings = method.mto.__dict__ if method.mto else {}
-            method = dataclasses.replace(method, mto=fused_settings()(**settings))
-        per_epoch = order.steps_per_epoch(1_281_167, config.batch_size)
-        total = schedules.to_steps(config.epochs, per_epoch)
-        shapes = {'image': jax.ShapeDtypeStruct(self.images.shape, 'uint8')}
-        objective = Pretraining(method, tuple(data.mean), tuple(data.std), data.flip)
-        return job.assemble(objective, config.optim, config.batch_size, total, per_epoch, shapes)
 
     def prepare(self, name: str) -> dict:
         import jax
         import jax.numpy as jnp
 
         from mto_jax.tools import perf
-        from mto_jax.training import train_state
+        from mto_jax.training import job, train_state
         from mto_jax.training.train_state import Meter
 
-        training = self.prepared(name)
+        training = job.prepare(self.config(name), 1_281_167)
         key = train_state.stream(0, 'train')
         with jax.set_mesh(self.mesh):
             state = jax.eval_shape(training.create, 0)
@@ -386,9 +360,7 @@ class Ours:
         if name == self.job['names'][0]:
             plain = self.config('ours, plain')
             plain.batch_size = 8
-            from mto_jax.training import job as jobs
-
-            out['flops_per_image'] = perf.train_flops(jobs.prepare(plain, 1_281_167), 8)
+            out['flops_per_image'] = perf.train_flops(job.prepare(plain, 1_281_167), 8)
         return out
 
     def time(self, name: str, steps: int) -> dict:
@@ -462,66 +434,6 @@ def account(kernels: list[list]) -> dict[str, float]:
             kind = 'optimizer, norms of gradients, other'
         kinds[kind] += ms
     return {kind: round(ms, 2) for kind, ms in kinds.most_common()}
-
-
-def fused_settings():
-    """MTO's settings with attention that stays in cuDNN's fused kernel, for recalibration without losses."""
-    from mto_jax import mto
-
-    @dataclasses.dataclass(frozen=True)
-    class Fused(mto.Settings):
-        def attend(self, block, depth, num_prefix, watch=False):
-            del num_prefix, watch
-            excluded = depth if self.exclude_blocks == -1 else self.exclude_blocks or self.num_initial(depth)
-            return FusedAttention(float(mto.gates(self.recalibration, depth, excluded)[block]), self.rows)
-
-    return Fused
-
-
-@dataclasses.dataclass(frozen=True)
-class FusedAttention:
-    """`jax.nn.dot_product_attention` with a recalibration as one more channel of queries and keys.
-
-    Attributes:
-      gate: g, the weight of masked keys.
-      rows: 'visible' or 'all' queries are recalibrated.
-      implementation: of the product; None for cuDNN on a GPU and XLA elsewhere.
-    """
-
-    gate: float
-    rows: str = 'visible'
-    implementation: str | None = None
-
-    def __call__(self, q, k, v, seen):
-        import jax
-        import jax.numpy as jnp
-
-        scale, n, d = 1.0 / math.sqrt(q.shape[-1]), q.shape[1], v.shape[-1]
-        kind = self.implementation or ('cudnn' if jax.default_backend() == 'gpu' else 'xla')
-        if self.gate != 1.0:
-            shift = math.log(self.gate) / scale if self.gate > 1e-4 else -5e4
-            on_keys = jnp.where(seen.masked, shift, 0.0)
-            on_queries = jnp.ones_like(on_keys) if self.rows == 'all' else jnp.where(seen.masked, 0.0, 1.0)
-
-            def widened(x, channel):  # by 8: the kernel wants a multiple of it
-                if channel is None:
-                    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 8)))
-                channel = jnp.broadcast_to(channel[:, :, None, None], (*x.shape[:3], 1)).astype(x.dtype)
-                return jnp.concatenate([x, jnp.pad(channel, ((0, 0), (0, 0), (0, 0), (0, 7)))], axis=-1)
-
-            q, k, v = widened(q, on_queries), widened(k, on_keys), widened(v, None)
-        # Gradients need an even number of tokens.
-        bias, extra, lengths = seen.bias, n % 2, None
-        if extra:
-            q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-        if bias is not None:
-            bias = jnp.pad(bias, ((0, 0), (0, extra), (0, 0)))
-            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, extra)), constant_values=-1e4)[None].astype(q.dtype)
-        elif extra:
-            lengths = jnp.full(len(q), n, jnp.int32)
-        more = {'query_seq_lengths': lengths, 'key_value_seq_lengths': lengths}
-        out = jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=kind, **more)
-        return out[:, :n, :, :d], {}
 
 
 class Peer:

@@ -21,7 +21,6 @@ def small(c):
     c.model.size = 'nano'
     c.model.patch_size = 4
     c.model.dtype = 'float32'
-    c.model.attention = ''  # on a CPU, plain products are faster
     c.mae.decoder_depth, c.mae.decoder_width, c.mae.decoder_heads = 2, 64, 4
     c.mae.norm_pix_loss = False  # patches of 4 x 4 pixels are mostly flat: their own statistics are noise
     c.batch_size, c.allow_cpu = 128, True

@@ -32,28 +32,96 @@ class Conditioning:
 Attend = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
+IMPLEMENTATIONS = ('auto', 'cudnn', 'xla', '')
+# What cuDNN's fused attention takes, forward and backward, on all GPUs that have it.
+CUDNN_DTYPES, CUDNN_MULTIPLE, CUDNN_WIDEST, CUDNN_CAPABILITY = ('bfloat16', 'float16'), 8, 128, 8.0
+# A logit that leaves a key no weight, and is still a number in float16.
+REMOVED = -1e4
+
+
 @dataclasses.dataclass(frozen=True)
 class DotProduct:
     """Scaled dot-product attention.
 
     Attributes:
-      implementation: of `jax.nn.dot_product_attention` ('xla', 'cudnn'), or None for plain matrix products.
+      implementation: as for `kernel`.
     """
 
-    implementation: str | None = None
+    implementation: str = ''
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: Conditioning) -> tuple[jax.Array, dict]:
-        if self.implementation:
-            bias = None if seen.bias is None else seen.bias.astype(q.dtype)[None]
-            scale = 1.0 / math.sqrt(q.shape[-1])
-            return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=self.implementation), {}
+        chosen = kernel(self.implementation, q.dtype, q.shape[-1])
+        if chosen:
+            return fused(q, k, v, seen.bias, chosen), {}
         products = logits(q, k)
         return weighted_values(products if seen.bias is None else products + seen.bias, v), {}
+
+
+def kernel(implementation: str, dtype: jnp.dtype, width: int) -> str:
+    """The kernel that computes attention on the devices of the mesh (`jax.set_mesh`), or without one, on jax's default.
+
+    Args:
+      implementation: 'auto' for cuDNN's where it fits and plain products elsewhere; 'cudnn' or 'xla', those of
+        `jax.nn.dot_product_attention`; '' for plain products.
+      dtype: of queries, keys and values.
+      width: features per head.
+
+    Returns:
+      'cudnn', 'xla' or '' for plain products.
+    """
+    if implementation != 'auto':
+        return implementation
+    fits = dtype.name in CUDNN_DTYPES and width % CUDNN_MULTIPLE == 0 and width <= CUDNN_WIDEST
+    return 'cudnn' if fits and _has_cudnn() else ''
+
+
+def _has_cudnn() -> bool:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if (device.platform if device else jax.default_backend()) != 'gpu':
+        return False
+    capability = str(getattr(jax.local_devices(backend='gpu')[0], 'compute_capability', ''))
+    return capability.replace('.', '', 1).isdigit() and float(capability) >= CUDNN_CAPABILITY  # of AMD: 'gfx90a'
+
+
+def fused(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, implementation: str, scale: float | None = None
+) -> jax.Array:
+    """Attention in a kernel of `jax.nn.dot_product_attention`, which stores no (B, h, N, M).
+
+    Args:
+      q, k, v: (B, N, h, d) and (B, M, h, d).
+      bias: (h, N, M), added to the logits; or None.
+      implementation: 'cudnn' or 'xla'.
+      scale: of the logits; None for 1 / sqrt(d).
+    """
+    n, m, bounds = q.shape[1], k.shape[1], {}
+    if implementation == 'cudnn' and (n % 2 or m % 2):  # cuDNN has no gradients of an odd number of tokens
+        q, (k, v) = _longer(q, n % 2), (_longer(x, m % 2) for x in (k, v))
+        if bias is None:
+            lengths = {'query_seq_lengths': n, 'key_value_seq_lengths': m}
+            bounds = {name: jnp.full(len(q), length, jnp.int32) for name, length in lengths.items()}
+        else:
+            bias = jnp.pad(bias, ((0, 0), (0, n % 2), (0, 0)))
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, m % 2)), constant_values=REMOVED)
+    bias = None if bias is None else bias.astype(q.dtype)[None]
+    scale = scale or 1.0 / math.sqrt(q.shape[-1])
+    return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation, **bounds)[:, :n]
+
+
+def _longer(x: jax.Array, by: int) -> jax.Array:
+    """x (B, N, h, d) with so many tokens of zeros more."""
+    return jnp.pad(x, ((0, 0), (0, by), (0, 0), (0, 0)))
 
 
 def logits(q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled dot products, float32 (B, h, N, M), of q (B, N, h, d) and k (B, M, h, d)."""
     return 1.0 / math.sqrt(q.shape[-1]) * jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32)
+
+
+def mean_logits(q: jax.Array, k: jax.Array) -> jax.Array:
+    """The mean over heads of `logits`, float32 (B, N, M), as one product."""
+    scale = 1.0 / (q.shape[2] * math.sqrt(q.shape[-1]))
+    return scale * jnp.einsum('bqhd,bkhd->bqk', q, k, preferred_element_type=jnp.float32)
 
 
 def weighted_values(logits: jax.Array, v: jax.Array) -> jax.Array:

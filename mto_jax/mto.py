@@ -27,6 +27,8 @@ ROWS = ('visible', 'all')
 # Below this weight a masked key is removed by a mask: its logarithm would only lose precision.
 MIN_GATE = 1e-4
 LN_EPS = 1e-6
+# Features that recalibration in a kernel adds to each head: two are used, and kernels want multiples of 8.
+CHANNELS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,9 @@ class Settings:
             return named
         return tuple(b for b in named if b < self.num_initial(depth))
 
-    def attend(self, block: int, depth: int, num_prefix: int, watch: bool = False) -> 'MaskedAttention | None':
+    def attend(
+        self, block: int, depth: int, num_prefix: int, watch: bool = False, implementation: str = ''
+    ) -> 'MaskedAttention | None':
         """What one block does with its queries, keys and values, or None where that is plain attention.
 
         Args:
@@ -138,6 +142,7 @@ class Settings:
           depth: number of blocks in the stack.
           num_prefix: P, the number of prefix tokens.
           watch: return `diagnosis` instead of the statistics that the losses need.
+          implementation: of the attention, as for `attention.kernel`.
         """
         excluded = depth if self.exclude_blocks == -1 else self.exclude_blocks or self.num_initial(depth)
         gate = gates(self.recalibration, depth, excluded)[block]
@@ -145,21 +150,21 @@ class Settings:
         read = block in self.loss_blocks(depth)
         if not (read or watch or adaptive) and gate == 1.0:
             return None
-        return MaskedAttention(self, None if adaptive else float(gate), num_prefix, read, watch)
+        return MaskedAttention(self, None if adaptive else float(gate), num_prefix, read, watch, implementation)
 
 
 def attends(
-    settings: Settings | None, depth: int, num_prefix: int, watch: bool = False
+    settings: Settings | None, depth: int, num_prefix: int, watch: bool = False, implementation: str = ''
 ) -> tuple['MaskedAttention | None', ...] | None:
     """`Settings.attend` of every block of a stack; None where all of them are plain attention.
 
     Args:
       settings: None where MTO is off.
-      depth, num_prefix, watch: as there.
+      depth, num_prefix, watch, implementation: as there.
     """
     if settings is None and not watch:
         return None
-    found = tuple((settings or Settings()).attend(b, depth, num_prefix, watch) for b in range(depth))
+    found = tuple((settings or Settings()).attend(b, depth, num_prefix, watch, implementation) for b in range(depth))
     return found if any(found) else None
 
 
@@ -185,9 +190,8 @@ def recalibrate(logits: jax.Array, masked: jax.Array, gate: float | jax.Array, r
     Returns:
       float32 logits of the same shape; masked rows are untouched unless rows is 'all'.
     """
-    gate = jnp.broadcast_to(jnp.asarray(gate, jnp.float32), masked.shape)
-    removed = gate <= MIN_GATE
-    shift = jnp.where(removed, jnp.finfo(jnp.float32).min, jnp.log(jnp.where(removed, 1.0, gate)))
+    shift = _log_gate(gate, masked, jnp.finfo(jnp.float32).min)
+    removed = shift == jnp.finfo(jnp.float32).min
     pairs = masked[:, None, None, :]
     if rows == 'visible':
         pairs = pairs & ~masked[:, None, :, None]
@@ -198,6 +202,40 @@ def recalibrate(logits: jax.Array, masked: jax.Array, gate: float | jax.Array, r
         jnp.where(removed[:, None, None, :], jnp.finfo(jnp.float32).min, logits + shift[:, None, None, :]),
         logits,
     )
+
+
+def _log_gate(gate: float | jax.Array, masked: jax.Array, removed: float) -> jax.Array:
+    """The logarithm of a gate, float32 (B, N); `removed` where the gate is too small to be one."""
+    gate = jnp.broadcast_to(jnp.asarray(gate, jnp.float32), masked.shape)
+    return jnp.where(gate <= MIN_GATE, removed, jnp.log(jnp.maximum(gate, MIN_GATE)))
+
+
+def recalibrated_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, masked: jax.Array, gate: float | jax.Array, rows: str = 'visible'
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of which plain attention, with the scale of the given ones, is recalibrated attention.
+
+    Recalibration adds log g of its key to a logit of a masked key: a matrix of rank one, and so one more feature of
+    queries and keys. It is two here, for the part of log g that the dtype rounds off.
+
+    Args:
+      q, k, v: (B, N, h, d).
+      masked, gate, rows: as for `recalibrate`.
+
+    Returns:
+      (B, N, h, d + 8) each; the output's last 8 features are 0.
+    """
+    scale = math.sqrt(q.shape[-1])
+    shift = jnp.where(masked, scale * _log_gate(gate, masked, attention.REMOVED / scale), 0.0)
+    coarse = shift.astype(k.dtype)
+    on_keys = jnp.stack([coarse, (shift - coarse.astype(shift.dtype)).astype(k.dtype)], axis=-1)
+    on_queries = jnp.ones_like(on_keys) if rows == 'all' else jnp.where(masked, 0, 1).astype(q.dtype)[..., None]
+
+    def widened(x, features):
+        features = jnp.broadcast_to(features[:, :, None], (*x.shape[:3], 2)).astype(x.dtype)
+        return jnp.concatenate([x, jnp.pad(features, ((0, 0), (0, 0), (0, 0), (0, CHANNELS - 2)))], axis=-1)
+
+    return widened(q, on_queries), widened(k, on_keys), jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, CHANNELS)))
 
 
 def _mean_over(values: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -316,6 +354,22 @@ def spatial_term(logits: jax.Array, masked: jax.Array, entropy: bool = False) ->
     return _mean_over(row, visible).mean()
 
 
+def fused_spatial_term(q: jax.Array, k: jax.Array, masked: jax.Array, implementation: str) -> jax.Array:
+    """`spatial_term` of queries and keys (B, N, h, d), without entropy, in a kernel that stores no logits.
+
+    The kernel weighs two features instead of values: 1 for visible keys, and 1 for masked ones. The smaller of the two
+    masses is the exact one: near 1 the dtype has few digits.
+    """
+    kinds = jnp.pad(jnp.stack([~masked, masked], axis=-1), ((0, 0), (0, 0), (0, q.shape[-1] - 2))).astype(q.dtype)
+    kinds = jnp.broadcast_to(kinds[:, :, None], k.shape)
+    mass = attention.fused(q, k, kinds, None, implementation)[..., :2].astype(jnp.float32).transpose(0, 2, 1, 3)
+    on_visible, on_masked = jnp.maximum(mass[..., 0], jnp.finfo(jnp.float32).tiny), mass[..., 1]
+    few = on_masked < 0.5
+    # Both branches of a gradient are computed: each gets numbers at which it is finite.
+    row = jnp.where(few, -jnp.log1p(-jnp.where(few, on_masked, 0.0)), -jnp.log(jnp.where(few, 1.0, on_visible)))
+    return _mean_over(row, ~masked).mean()
+
+
 def masked_mass(logits: jax.Array, masked: jax.Array) -> jax.Array:
     """Attention mass of visible queries on masked keys, divided by |M| / N: 1 means masked keys get an even share."""
     logits = logits.astype(jnp.float32)
@@ -386,6 +440,8 @@ class MaskedAttention:
       num_prefix: P, the number of prefix tokens.
       read: whether the statistics that the losses need are returned.
       watch: whether `diagnosis` is returned instead.
+      implementation: of the attention, as for `attention.kernel`. Where statistics need the logits of each head, they
+        are plain products.
     """
 
     settings: Settings
@@ -393,6 +449,14 @@ class MaskedAttention:
     num_prefix: int
     read: bool
     watch: bool
+    implementation: str = ''
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether something is read that a kernel does not return."""
+        s = self.settings
+        entropy = self.gate is None or (self.read and bool(s.w_r or (s.w_e and s.measure == 'entropy')))
+        return self.watch or (entropy and s.affinity == 'attention') or (self.read and bool(s.w_spa) and s.spa_entropy)
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, seen: attention.Conditioning
@@ -400,11 +464,14 @@ class MaskedAttention:
         """The output (B, N, h, d) and the statistics of q, k, v (B, N, h, d) and what the block sees."""
         s, masked = self.settings, seen.masked
         patches, patch_masked = seen.tokens[:, self.num_prefix :], masked[:, self.num_prefix :]
-        logits = attention.logits(q, k)
+        chosen = '' if self.needs_logits else attention.kernel(self.implementation, q.dtype, q.shape[-1] + CHANNELS)
+        logits = None if chosen else attention.logits(q, k)
 
         def attention_affinity():
-            a = attention.logits(q, jax.lax.stop_gradient(k)) if s.stop_keys else logits
-            return a.mean(1) if s.affinity == 'attention_mean' else a
+            keys = jax.lax.stop_gradient(k) if s.stop_keys else k
+            if s.affinity == 'attention_mean':
+                return attention.mean_logits(q, keys)
+            return attention.logits(q, keys) if s.stop_keys else logits
 
         def entropy(per_token: bool = False):
             if s.affinity == 'token':
@@ -412,20 +479,27 @@ class MaskedAttention:
                 return heterogeneity(token_affinity(patches, stop), patch_masked, per_token=per_token)
             return heterogeneity(attention_affinity(), masked, scale_guard=s.scale_guard, per_token=per_token)
 
-        used = logits if seen.bias is None else logits + seen.bias.astype(jnp.float32)
         gate = self.gate
         if gate is None:
             het = jax.lax.stop_gradient(entropy(per_token=True))
             gate = jnp.pad(1.0 - het, ((0, 0), (masked.shape[1] - het.shape[1], 0)), constant_values=1.0)
             gate = jnp.clip(gate, 0.0, 1.0)
-        if not isinstance(gate, float) or gate != 1.0:
-            used = recalibrate(used, masked, gate, s.rows)
-        out = attention.weighted_values(used, v)
-        if self.watch:
-            return out, diagnosis(logits, used, masked, seen.tokens, self.num_prefix)
+        gated = not isinstance(gate, float) or gate != 1.0
+        if chosen:
+            heads = recalibrated_heads(q, k, v, masked, gate, s.rows) if gated else (q, k, v)
+            out = attention.fused(*heads, seen.bias, chosen, 1.0 / math.sqrt(q.shape[-1]))[..., : q.shape[-1]]
+        else:
+            used = logits if seen.bias is None else logits + seen.bias.astype(jnp.float32)
+            used = recalibrate(used, masked, gate, s.rows) if gated else used
+            out = attention.weighted_values(used, v)
+            if self.watch:
+                return out, diagnosis(logits, used, masked, seen.tokens, self.num_prefix)
         stats = {}
         if self.read and s.w_spa:
-            stats['spa'] = spatial_term(logits, masked, s.spa_entropy)
+            if chosen:
+                stats['spa'] = fused_spatial_term(q, k, masked, chosen)
+            else:
+                stats['spa'] = spatial_term(logits, masked, s.spa_entropy)
         if self.read and (s.w_r or (s.w_e and s.measure == 'entropy')):
             stats['het'] = entropy()
         if self.read and s.w_e and s.measure == 'density':

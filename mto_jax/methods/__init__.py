@@ -258,7 +258,7 @@ def architecture(config) -> vit.Architecture:
         dtype=jnp.dtype(m.dtype),
         residual_dtype=jnp.dtype(m.residual_dtype) if m.residual_dtype else None,
         remat=m.remat,
-        attention=m.attention or None,
+        attention=m.attention,
     )
 
 
@@ -307,4 +307,4 @@ def mto_settings(config, depth: int) -> mto.Settings | None:
 
 def attends(method: Method, arch: vit.Architecture) -> tuple[mto.MaskedAttention | None, ...] | None:
     """What MTO does in the blocks of a mask-bearing stack of `method`: `vit.Transformer.attends`."""
-    return mto.attends(method.mto, arch.depth, arch.num_prefix, method.watch)
+    return mto.attends(method.mto, arch.depth, arch.num_prefix, method.watch, arch.attention)

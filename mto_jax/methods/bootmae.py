@@ -212,7 +212,7 @@ def build(config) -> BootMAE:
         predictor,
         width=c.decoder_width,
         head_width=head_width,
-        attention=None if head_width % 8 else encoder.attention,  # fused kernels want multiples of 8
+        attention='' if head_width % 8 else encoder.attention,  # kernels want multiples of 8
     )
     return BootMAE(
         encoder,

@@ -163,6 +163,7 @@ class Block(nn.Module):
       layer_scale: initial value of the per-channel scale of each branch; 0 for none.
       drop_path: probability of dropping a branch.
       attend: what is done with queries, keys and values of the self-attention.
+      cross_attend: the same of the cross-attention.
     """
 
     heads: int
@@ -176,6 +177,7 @@ class Block(nn.Module):
     norm_eps: float = 1e-6
     drop_path: float = 0.0
     attend: Attend = DotProduct()
+    cross_attend: Attend = DotProduct()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -199,7 +201,7 @@ class Block(nn.Module):
         x = x + branch(y, 'attn')
         if seen.memory is not None:
             queries, memory = norm('norm_queries')(x), norm('norm_memory')(seen.memory)
-            y, _ = attention('cross_attn', DotProduct())(queries, Conditioning(), memory)
+            y, _ = attention('cross_attn', self.cross_attend)(queries, Conditioning(), memory)
             x = x + branch(y, 'cross_attn')
         hidden = int(width * self.mlp_ratio)
         y = nn.Dense(hidden, dtype=self.dtype, kernel_init=self.kernel_init, name='mlp_in')(norm('norm2')(x))

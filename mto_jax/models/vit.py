@@ -53,7 +53,7 @@ class Architecture:
       dtype: of matrix products; parameters are float32.
       residual_dtype: of what runs from block to block; None for dtype.
       remat: recompute each block in the backward pass.
-      attention: implementation for jax.nn.dot_product_attention ('xla', 'cudnn'), or None for plain products.
+      attention: implementation, as for `attention.kernel`.
     """
 
     image_size: tuple[int, int]
@@ -77,7 +77,7 @@ class Architecture:
     dtype: Any = jnp.float32
     residual_dtype: Any = None
     remat: bool = False
-    attention: str | None = None
+    attention: str = ''
 
     def __post_init__(self):
         for side, pixels in zip(('height', 'width'), self.image_size, strict=True):
@@ -197,6 +197,7 @@ class Transformer(nn.Module):
                 norm_eps=a.norm_eps,
                 drop_path=a.drop_path * i / max(a.depth - 1, 1),
                 attend=attends[i] or plain,
+                cross_attend=plain,
                 dtype=a.dtype,
                 name=f'block{i}',
             )

@@ -1,14 +1,11 @@
-"""The GPU benchmark in its tiny form on a CPU, and its fused attention against MTO's own."""
+"""The GPU benchmark in its tiny form on a CPU."""
 
 import importlib.util
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import gpu
-from mto_jax import attention, mto
 
 TORCH = all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
 
@@ -19,7 +16,7 @@ def test_rows_of_a_part(tmp_path, monkeypatch, peer):
     if peer and not TORCH:
         pytest.skip('PyTorch or transformers is not installed (requirements-peers.txt)')
     monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
-    name = 'peer, eager' if peer else 'ours, cudnn, mto fused'
+    name = 'peer, eager' if peer else 'ours, mto'
     monkeypatch.setattr(gpu, 'PARTS', {'part': gpu.Part('mae', 'b', 256, (name,))})
     out = tmp_path / 'rows.jsonl'
     for _ in range(2):
@@ -63,26 +60,3 @@ def test_account_of_a_profile():
         'GELU': 1.0,
         'optimizer, norms of gradients, other': 0.5,
     }
-
-
-@pytest.mark.parametrize('gate', [0.0, 0.3, 1.0])
-@pytest.mark.parametrize('rows', ['visible', 'all'])
-@pytest.mark.parametrize('with_bias', [False, True])
-def test_fused_attention(rng, gate, rows, with_bias):
-    """Output and gradients as `mto.MaskedAttention` has them."""
-    b, n, h, d = 2, 7, 2, 4
-    q, k, v, weights = (jnp.asarray(rng.normal(size=(b, n, h, d)), jnp.float32) for _ in range(4))
-    masked = jnp.asarray(rng.permuted(np.tile(np.arange(n) < 3, (b, 1)), axis=1))
-    bias = jnp.asarray(rng.normal(size=(h, n, n)), jnp.float32) if with_bias else None
-    fused = gpu.FusedAttention(gate, rows, 'xla')
-    plain = mto.MaskedAttention(mto.Settings(rows=rows), gate, 0, read=False, watch=False)
-
-    def gradients(attend):
-        def loss(q, k, v, bias):
-            seen = attention.Conditioning(bias=bias, masked=masked, tokens=q.reshape(b, n, -1))
-            return (attend(q, k, v, seen)[0] * weights).sum()
-
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3) if with_bias else (0, 1, 2)))(q, k, v, bias)
-
-    for one, other in zip(jax.tree.leaves(gradients(fused)), jax.tree.leaves(gradients(plain)), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,159 @@
+"""Every form of attention against a form in numpy, and what the forms in a kernel leave out of the program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from configs import mae_mto, simmim_mto
+from mto_jax import attention, mto
+from mto_jax.training import job
+from tests.conftest import shrink
+
+H, D = 2, 8
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """XLA's attention in the place of cuDNN's, within the bounds of that."""
+    real = jax.nn.dot_product_attention
+
+    def stand_in(q, k, v, bias=None, *, implementation, **more):
+        assert implementation == 'cudnn'
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 128
+        assert not q.shape[-1] % 8
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+        assert bias is None or bias.dtype == q.dtype
+        return real(q, k, v, bias, implementation='xla', **more)
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+
+
+def inputs(rng, n, m, dtype, with_bias):
+    """q, k, v, bias, the cotangent of the output, and a mask."""
+    q, cotangent = (jnp.asarray(rng.normal(size=(2, n, H, D)), dtype) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, m, H, D)), dtype) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=(H, n, m)), jnp.float32) if with_bias else None
+    masked = jnp.asarray(rng.random((2, n)) < 0.6).at[:, 0].set(False)
+    return q, k, v, bias, cotangent, masked
+
+
+def outputs(attend, q, k, v, bias, cotangent, masked):
+    """Output, and gradients to q, k, v and the bias, float64."""
+
+    @jax.jit
+    def run(*arguments):
+        def output(q, k, v, bias):
+            return attend(q, k, v, attention.Conditioning(bias=bias, masked=masked, tokens=q.reshape(*q.shape[:2], -1)))
+
+        out, back, _ = jax.vjp(output, *arguments, has_aux=True)
+        return out, *back(cotangent)
+
+    return [np.asarray(x, np.float64) for x in run(q, k, v, bias) if x is not None]
+
+
+def by_hand(q, k, v, bias, cotangent, factor=1.0):
+    """As `outputs`, the gradients written out. factor: of the weights before they are normalised, (B, 1, N, M)."""
+    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    scale = 1 / np.sqrt(D)
+    p = np.exp(scale * np.einsum('bqhd,bkhd->bhqk', q, k) + (0.0 if bias is None else np.asarray(bias)[None])) * factor
+    p /= p.sum(-1, keepdims=True)
+    out, on_p = np.einsum('bhqk,bkhd->bqhd', p, v), np.einsum('bqhd,bkhd->bhqk', g, v)
+    s = p * (on_p - (p * on_p).sum(-1, keepdims=True))
+    found = [out, scale * np.einsum('bhqk,bkhd->bqhd', s, k), scale * np.einsum('bhqk,bqhd->bkhd', s, q)]
+    return [*found, np.einsum('bhqk,bqhd->bkhd', p, g)] + ([] if bias is None else [s.sum(0)])
+
+
+def close(found, wanted, dtype):
+    """Within rounding: relative to the largest number of each array."""
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=(1e-5 if dtype == 'float32' else 2e-2) * np.abs(b).max())
+
+
+FORMS = {
+    'plain': attention.DotProduct(),
+    'automatic': attention.DotProduct('auto'),
+    'xla': attention.DotProduct('xla'),
+    'cudnn': attention.DotProduct('cudnn'),
+}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(('n', 'm', 'with_bias'), [(197, 197, False), (37, 37, True), (50, 50, True), (37, 50, False)])
+def test_every_form(rng, monkeypatch, request, n, m, dtype, with_bias):
+    """Odd and even numbers of tokens, and of a memory."""
+    arrays = inputs(rng, n, m, dtype, with_bias)
+    wanted = by_hand(*arrays[:5])
+    for name, form in FORMS.items():
+        if name == 'cudnn':
+            request.getfixturevalue('kernel')
+        close(outputs(form, *arrays), wanted, dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(('n', 'gate', 'rows'), [(37, 0.3, 'visible'), (50, 0.1, 'all'), (37, 0.0, 'all')])
+def test_recalibration_in_a_kernel(rng, kernel, n, gate, rows, dtype):
+    arrays = inputs(rng, n, n, dtype, True)
+    masked = np.asarray(arrays[-1])
+    keys, queries = masked[:, None, None, :], masked[:, None, :, None]
+    factor = np.where(keys & (~queries | (rows == 'all')), gate, 1.0)
+    for implementation in ('', 'cudnn'):
+        form = mto.MaskedAttention(mto.Settings(rows=rows), gate, 0, False, False, implementation)
+        close(outputs(form, *arrays), by_hand(*arrays[:5], factor), dtype)
+
+
+@pytest.mark.parametrize('length', [1e-3, 1.0, 10.0])
+def test_statistics_in_a_kernel(rng, kernel, length):
+    """L_spa and the mean heads' heterogeneity, and their gradients, as of logits; queries so long that visible keys get
+    the mass of their number, or all or none of it."""
+    q, k, v, bias, _, masked = inputs(rng, 37, 37, 'float32', True)
+    settings = mto.Settings(recalibration='adaptive', affinity='attention_mean', w_spa=1.0, w_e=1.0)
+    forms = [mto.MaskedAttention(settings, None, 1, True, False, i) for i in ('', 'cudnn')]
+
+    def statistics(form):
+        def total(q, k):
+            seen = attention.Conditioning(bias=bias, masked=masked, tokens=q.reshape(2, 37, -1))
+            stats = form(q, k, v, seen)[1]
+            return stats['spa'] + stats['het'], stats
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(length * q, k)
+
+    for a, b in zip(*(jax.tree.leaves(statistics(form)) for form in forms), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()), rtol=1e-4)
+
+
+def test_the_choice(monkeypatch):
+    """cuDNN where there is one, of the dtypes and widths that it takes."""
+    bf16, f32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
+    assert attention.kernel('auto', bf16, 64) == ''  # a CPU
+    assert attention.kernel('xla', bf16, 64) == 'xla'
+    for capability, has in (('9.0', 'cudnn'), ('7.5', ''), ('gfx90a', '')):
+        device = type('Device', (), {'compute_capability': capability})
+        monkeypatch.setattr(jax, 'local_devices', lambda backend, d=device: [d])
+        monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+        assert attention.kernel('auto', bf16, 64) == has
+        assert not attention.kernel('auto', f32, 64)
+        assert not attention.kernel('auto', bf16, 42)
+        assert not attention.kernel('auto', bf16, 136)
+        mesh = jax.make_mesh((1,), ('data',))
+        with jax.set_mesh(mesh):  # of CPUs
+            assert not attention.kernel('auto', bf16, 64)
+
+
+@pytest.mark.parametrize('config', [mae_mto, simmim_mto])
+def test_no_square_of_tokens_on_a_gpu(config, monkeypatch):
+    """The train step as it is lowered for a GPU holds cuDNN's calls, and no array of a pair of tokens per head."""
+    monkeypatch.setattr(attention, '_has_cudnn', lambda: True)
+    monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91900)
+    c = shrink(config.get_config())
+    c.model.dtype, c.model.patch_size, c.mae.decoder_width, c.batch_size = 'bfloat16', 2, 16, 4
+    training = job.prepare(c, 130)
+    state, batch, key = training.shapes, training.batch(4), jax.eval_shape(lambda: jax.random.key(0))
+    meter = jax.eval_shape(lambda: job.Meter.empty(training.names))
+    traced = jax.jit(training.train_step).trace(state, meter, {}, batch, key)
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    assert text.count('@__cudnn$fmha') > 2
+    tokens = training.objective.method.arch.num_patches + 1
+    for n in (tokens, tokens + 1):
+        assert f'tensor<4x{c.mae.decoder_heads}x{n}x{n}x' not in text
