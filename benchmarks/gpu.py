@@ -31,8 +31,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mto_jax.training import perf
+
 ROUNDS, STEPS = 7, 8
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bfloat16 FLOP/s, by a part of the card's name
 LIMIT = 0.97  # of the card's memory, what jax may take
 KEPT = 0.93  # of the card's memory, what a step may take where the largest batch is looked for
 
@@ -242,7 +243,7 @@ def time_all(rows: dict[str, dict], ready: dict[str, Worker], flops: float | Non
         row, ms = rows[name], statistics.median(values)
         row |= {'ms': ms, 'ms_min': min(values), 'ms_max': max(values), 'rounds': len(values), 'steps': STEPS}
         row['images_per_s'] = 1000 * row['batch'] / ms
-        peak = next((p for card, p in PEAKS.items() if card in row['card']), None)
+        peak = perf.peak(row['card'])
         if flops:
             row |= {'flops_per_image': flops, 'mfu': row['images_per_s'] * flops / peak if peak else None}
 
@@ -338,7 +339,6 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from mto_jax.tools import perf
         from mto_jax.training import job, train_state
         from mto_jax.training.train_state import Meter
 

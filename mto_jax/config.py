@@ -54,6 +54,11 @@ def none_or_each(rule: Rule) -> Rule:
     return lambda v: all(map(ok, v)) and len(set(v)) == len(v), f'any number of different values, each {words}'
 
 
+def none_or(rule: Rule) -> Rule:
+    ok, words = rule
+    return lambda v: len(v) == 0 or ok(v), f'empty, or {words}'
+
+
 def ascending(rule: Rule) -> Rule:
     ok, words = each(rule, 2)
     return lambda v: ok(v) and v[0] <= v[1], f'{words}, the smaller first'
@@ -268,6 +273,8 @@ FIELDS: dict[str, Field] = {
     # --- What is shown and kept
     'log_every': shows(50, at_least(1), trains=True),  # steps
     'diagnose_every': shows(1000, at_least(0)),  # steps; 0: never
+    # (first, last): steps that are traced by jax's profiler into <workdir>/profile
+    'profile_steps': shows((), none_or(ascending(at_least(1))), trains=True),
     'log_images': shows(6, at_least(1)),  # shown in pictures of reconstructions
     'checkpoints.every': shows(1000, at_least(0), trains=True),  # steps; 0: only the last, which is always saved
     'checkpoints.keep': shows(2, at_least(1), trains=True),  # newest ones kept; the best is kept beside them

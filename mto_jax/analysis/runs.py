@@ -22,6 +22,7 @@ MEASURED = {
     'token_distance': ('of the mask token from the visible ones', 'standard deviations'),
     'matched': ('hidden patches whose own place is the likeliest', 'fraction'),
     'images_per_s': ('speed, averaged since the start or the last pause', 'images / s'),
+    'mfu': ('speed, of the devices’ peak in matrix products', 'fraction'),
     'data_wait': ('time in which the loop waited for the input pipeline', 'share of the time'),
 }
 LOSSES = {

@@ -98,8 +98,11 @@ class Progress:
     would be off by as much as the host runs ahead; the average settles.
     """
 
-    def __init__(self, start_step: int, total_steps: int, batch_size: int, steps_per_epoch: int):
-        self._total, self._batch, self._per_epoch = total_steps, batch_size, steps_per_epoch
+    def __init__(
+        self, start_step: int, total_steps: int, batch_size: int, steps_per_epoch: int, roofline: float | None = None
+    ):
+        """roofline: images per second of which the MFU is a fraction, if there is one."""
+        self._total, self._batch, self._per_epoch, self._roofline = total_steps, batch_size, steps_per_epoch, roofline
         self.restart(start_step)
 
     def restart(self, step: int) -> None:
@@ -107,7 +110,8 @@ class Progress:
         self._step, self._time, self._waited = step, time.perf_counter(), 0.0
 
     def measure(self, step: int, waited: float) -> dict[str, float]:
-        """The epoch, images a second, seconds a step, and the share of the time spent waiting for data."""
+        """The epoch, images per second, seconds per step, the fraction of the time spent waiting for data, and the MFU
+        (model FLOPs utilisation) where there is a roofline."""
         elapsed = time.perf_counter() - self._time
         self._waited += waited
         seconds = elapsed / max(step - self._step, 1)
@@ -116,14 +120,15 @@ class Progress:
             'images_per_s': self._batch / seconds,
             'seconds_per_step': seconds,
             'data_wait': min(1.0, self._waited / elapsed),
-        }
+        } | ({'mfu': self._batch / seconds / self._roofline} if self._roofline else {})
 
     def line(self, step: int, values: Mapping[str, float]) -> str:
         left = int((self._total - step) * values['seconds_per_step'])
         eta = f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
-        hidden = {'epoch', 'images_per_s', 'seconds_per_step', 'data_wait', 'param_norm', 'model_state_norm'}
+        hidden = {'epoch', 'images_per_s', 'seconds_per_step', 'data_wait', 'mfu', 'param_norm', 'model_state_norm'}
         terms = ' '.join(f'{k} {v:.4g}' for k, v in values.items() if k not in hidden)
+        utilisation = f', MFU {values["mfu"]:.1%}' if 'mfu' in values else ''
         return (
             f'step {step}/{self._total} epoch {values["epoch"]:.2f} | {terms} | '
-            f'{values["images_per_s"]:.0f} images/s, data wait {values["data_wait"]:.0%}, ETA {eta}'
+            f'{values["images_per_s"]:.0f} images/s{utilisation}, data wait {values["data_wait"]:.0%}, ETA {eta}'
         )

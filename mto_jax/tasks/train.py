@@ -20,7 +20,7 @@ from mto_jax.errors import UserError
 from mto_jax.runtime import cpu, environment, hosts, parallel, preemption
 from mto_jax.runtime.log import describe_params, read_history, say
 from mto_jax.runtime.workdir import hold, record, require_same
-from mto_jax.training import checkpoint, train_state
+from mto_jax.training import checkpoint, profile, train_state
 from mto_jax.training.feed import Streamed
 from mto_jax.training.job import Job
 from mto_jax.training.loop import Watch, fit
@@ -83,6 +83,7 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
       Preempted: after SIGTERM, once everything is saved.
     """
     config, mesh, job = plan.config, plan.mesh, plan.job
+    profile.check(config.profile_steps, job.total)
     part = parallel.local_part(config.batch_size, mesh)
     about = environment.describe(mesh) | {'order': plan.source.order(part), 'steps_per_epoch': job.per_epoch}
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
@@ -105,9 +106,9 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
         _announce(plan, state, start)
         for line in _changed(before, about) if before else ():
             say(line)
-        with contextlib.closing(Workdir(workdir, start, job, saver, config, about)) as kept:
-            feed = _feed(plan, part, start)
-            state = fit(feed, state, start, job.total, plan.watches(workdir), kept, told_to_end)
+        feed = profile.traced(_feed(plan, part, start), workdir / 'profile', config.profile_steps)
+        with contextlib.closing(Workdir(workdir, start, job, saver, config, about)) as kept, feed as batches:
+            state = fit(batches, state, start, job.total, plan.watches(workdir), kept, told_to_end)
         say(f'checkpoint: {saver.directory / str(saver.latest())}')
     return state
 

@@ -49,14 +49,16 @@ class Pretraining:
     def loss(self, params, model_state, constants, batch, key, clock: Clock):
         del constants
         view_key, key = jax.random.split(key)
-        views = self.views(batch['image'], view_key)
+        with jax.named_scope('views'):
+            views = self.views(batch['image'], view_key)
         result = self.method.loss(params, model_state, views, key, clock)
         terms = dict(result.losses)
         total = sum(result.weights.get(name, 1.0) * value for name, value in terms.items())
         settings = self.method.mto
         if settings and settings.has_losses:
             # The mean over the stacks, so that a weight means the same for a method with two.
-            each = [mto.losses(settings, s.blocks, s.depth) for s in result.stacks.values()]
+            with jax.named_scope('mto_losses'):
+                each = [mto.losses(settings, s.blocks, s.depth) for s in result.stacks.values()]
             extra = {name: sum(e[name] for e in each) / len(each) for name in each[0]}
             weights = mto.weights(settings, clock.progress)
             total = total + sum(weights[name] * value for name, value in extra.items())

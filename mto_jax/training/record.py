@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mto_jax.errors import UserError
 from mto_jax.runtime.log import Log, Progress, say
+from mto_jax.training import perf
 from mto_jax.training.checkpoint import Checkpointer
 from mto_jax.training.job import Job
 from mto_jax.training.loop import Record, Seen, every
@@ -43,7 +44,9 @@ class Workdir(Record):
     ):
         self.logs, self.saves = (every(n, job.total) for n in (config.log_every, config.checkpoints.every))
         self._saver, self._config, self._about = saver, config, about
-        self._log, self._progress = Log(workdir, start), Progress(start, job.total, config.batch_size, job.per_epoch)
+        roofline = perf.roofline(job, config.model.dtype)
+        self._progress = Progress(start, job.total, config.batch_size, job.per_epoch, roofline)
+        self._log = Log(workdir, start)
         self._pending = None
 
     def interval(self, step: int, meter: Meter, waited: float) -> None:

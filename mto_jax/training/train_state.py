@@ -152,8 +152,9 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             out, _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate), micro))
         (loss, (terms, statistics)), grads = out
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope('optimizer'):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         model_state = objective.after_update(params, state.model_state, statistics, now)
         terms = {
             'loss': loss,

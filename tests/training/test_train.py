@@ -27,7 +27,7 @@ from mto_jax.models.layers import Block
 from mto_jax.runtime import parallel
 from mto_jax.runtime.log import read_history
 from mto_jax.tasks import pretrain
-from mto_jax.training import checkpoint, job, objective, optim, schedules, train_state
+from mto_jax.training import checkpoint, job, objective, optim, perf, schedules, train_state
 from tests import toy_method
 from tests.conftest import named, shrink
 
@@ -498,6 +498,23 @@ def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):
     assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [2, 4]
     assert int(pretrain.run(config, tmp_path).step) == 8
     assert 'resuming at step 4' in capsys.readouterr().out
+
+
+def test_a_profile_of_chosen_steps(config, tmp_path, monkeypatch, capsys):
+    """The trace holds those steps by their numbers; the log has the MFU where the peak is known."""
+    monkeypatch.setattr(perf, 'PEAKS', {'cpu': 1e15})
+    config.model.dtype, config.profile_steps = 'bfloat16', (3, 4)
+    pretrain.run(config, tmp_path)
+    (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
+    events = [e for p in jax.profiler.ProfileData.from_file(str(trace)).planes for x in p.lines for e in x.events]
+    assert {dict(e.stats)['step_num'] for e in events if e.name == 'train'} == {3, 4}
+    (*_, row) = (r for r in read_history(tmp_path) if 'mfu' in r)
+    flops = perf.train_flops(job.prepare(config, 130), 32)
+    assert row['mfu'] == pytest.approx(row['images_per_s'] * flops / 1e15)
+    assert f'MFU {row["mfu"]:.1%}' in capsys.readouterr().out
+    config.profile_steps = (3, 99)
+    with pytest.raises(UserError, match=r'profile_steps is \(3, 99\).*8 steps'):
+        pretrain.run(config, tmp_path / 'other')
 
 
 @pytest.mark.pictures
