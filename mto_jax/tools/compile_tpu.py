@@ -23,8 +23,7 @@ from mto_jax.config import EVALUATIONS, get_config
 from mto_jax.errors import UserError
 from mto_jax.runtime import parallel
 from mto_jax.tasks import pretrained, supervised
-from mto_jax.tools import perf
-from mto_jax.training import job
+from mto_jax.training import job, perf
 from mto_jax.training.train_state import Meter
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:8x8', 'Chip and slice: v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, ...')
@@ -129,11 +128,17 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + beside + memory.generated_code_size_in_bytes
-    cycles, collectives = read_hlo(text)
-    seconds = cycles / chip.clock
-    return out | {
+    out |= {
         'fits': f'yes: {_gb(total)} of {_gb(chip.memory)}',
         'temporaries on a chip': _gb(memory.temp_size_in_bytes),
+        'compiled in': f'{time.perf_counter() - begun:.0f} s',
+    }
+    try:
+        cycles, collectives = read_hlo(text)
+    except ValueError as e:
+        return out | {'estimated step': f'unknown: {e}'}
+    seconds = cycles / chip.clock
+    return out | {
         'collectives': ', '.join(
             f'{n} x {kind} ({_gb(size)}, {overlapped / size:.0%} overlapped)'
             for kind, (n, size, overlapped) in collectives.items()
@@ -141,7 +146,6 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
         or 'none',
         'estimated step': f'{1e3 * seconds:.1f} ms without exposed collectives, '
         f'{config.batch_size / seconds:.0f} images/s, {least / seconds:.0%} MFU',
-        'compiled in': f'{time.perf_counter() - begun:.0f} s',
     }
 
 
@@ -185,9 +189,15 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, '
 def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
     """From a compiled program: cycles of all it runs, {collective: [count, bytes of its results, overlapped bytes]}.
 
-    What a loop holds counts once a turn, where the compiler knows how many turns there are. A collective overlaps with
-    computation if the compiler starts it in one place and waits for it in another.
+    What a loop holds counts once a turn. A collective overlaps with computation if the compiler starts it in one place
+    and waits for it in another.
+
+    Raises:
+      ValueError: for a loop of which the program does not tell how many turns there are, or a kernel (Pallas'), which
+        has no estimate.
     """
+    if kernels := text.count('custom_call_target="tpu_custom_call"'):
+        raise ValueError(f'{kernels} calls of a kernel of which the compiler estimates no cost')
     bodies: dict[str, list[str]] = {}
     entry = name = ''
     for line in text.splitlines():
@@ -226,8 +236,7 @@ def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
                 collectives[kind] = [a + b for a, b in zip(old, (times, size, overlapped), strict=True)]
             turns = 1
             if op == 'while':
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                turns = int(known[1]) if known else 1
+                turns = _turns(line, bodies)
                 inner = re.findall(r'body=%?([\w.\-]+)', line)
             elif op in ('call', 'fusion', 'async-start', 'conditional'):
                 inner = re.findall(r'(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)', line)
@@ -237,6 +246,19 @@ def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
         return cycles
 
     return walk(entry, 1), collectives
+
+
+def _turns(loop: str, bodies: dict[str, list[str]]) -> int:
+    """How many turns a loop has: said on its line, or the number that its condition compares a counter from 0 with."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
+    if known:
+        return int(known[1])
+    condition = re.search(r'condition=%?([\w.\-]+)', loop)[1]
+    text = '\n'.join(bodies.get(condition, ()))
+    bounds = re.findall(r'= s32\[\]\S* constant\((\d+)\)', text)
+    if len(bounds) != 1 or text.count('direction=LT') != 1:
+        raise ValueError(f'a loop of unknown length: its condition is {condition}')
+    return int(bounds[0])
 
 
 def _size(dtype: str, dims: str) -> int:

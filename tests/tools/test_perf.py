@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import mae, simmim
-from mto_jax.tools import compile_tpu, perf
-from mto_jax.training import job
+from mto_jax.tools import compile_tpu
+from mto_jax.training import job, perf
 
 PROGRAM = """\
 HloModule step, entry_computation_layout={()->f32[]}
@@ -29,6 +29,11 @@ HloModule step, entry_computation_layout={()->f32[]}
   ROOT %h = (s32[]) fusion(%x), calls=%fused, backend_config={"window_config":{"estimated_cycles":"7"}}
 }
 
+%few (c: (s32[])) -> pred[] {
+  %constant.9 = s32[]{:T(128)} constant(4)
+  ROOT %lt = pred[] compare(%i, %constant.9), direction=LT
+}
+
 %begun (p: f32[4]) -> (f32[4], f32[4]) {
   %ar = f32[4]{0} all-reduce(%p), channel_id=7, to_apply=%sum
   ROOT %c = (f32[4], f32[4]) custom-call(%ar), custom_call_target="AsyncCollectiveStart"
@@ -43,6 +48,7 @@ ENTRY %main (a: f32[8]) -> f32[] {
   %start = (f32[4], f32[4]) fusion(%e), calls=%begun
   %end = f32[4] fusion(%start), calls=%ended
   %w = (s32[], f32[8,4]) while(%a), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %w.2 = (s32[]) while(%b), condition=%few, body=%body.2
   %all-reduce.3 = (f32[]{:T(128)}, f32[6,2]{1,0}) all-reduce(%b, %c), to_apply=%sum
   %ag = (f32[2]{0}, f32[8]{0}) all-gather-start(%d), dimensions={0}
   %done = f32[8]{0} all-gather-done(%ag)
@@ -52,9 +58,18 @@ ENTRY %main (a: f32[8]) -> f32[] {
 
 
 def test_a_compiled_program_is_read():
-    """5 turns of 10 + 3 x 7 cycles, and 100; gathers of 16 bytes 5 times and of 32 once, begun ahead; reductions of
-    4 + 48, and of 16 that is begun in one fusion and ended in another."""
-    assert compile_tpu.read_hlo(PROGRAM) == (255, {'all-reduce': [2, 68, 16], 'all-gather': [6, 112, 32]})
+    """5 turns of 10 + 3 x 7 cycles, 4 of 7, and 100; gathers of 16 bytes 5 times and of 32 once, begun ahead;
+    reductions of 4 + 48, and of 16 that is begun in one fusion and ended in another."""
+    assert compile_tpu.read_hlo(PROGRAM) == (283, {'all-reduce': [2, 68, 16], 'all-gather': [6, 112, 32]})
+
+
+@pytest.mark.parametrize(
+    ('known', 'unknown', 'word'),
+    [('direction=LT', 'direction=NE', 'length'), ('"AsyncCollectiveDone"', '"tpu_custom_call"', 'kernel')],
+)
+def test_what_has_no_known_cost_is_no_estimate(known, unknown, word):
+    with pytest.raises(ValueError, match=word):
+        compile_tpu.read_hlo(PROGRAM.replace(known, unknown))
 
 
 @pytest.mark.parametrize(
