@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.struct
 import jax
@@ -32,9 +33,10 @@ class Conditioning:
 Attend = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
-IMPLEMENTATIONS = ('auto', 'cudnn', 'xla', '')
 # What cuDNN's fused attention takes, forward and backward, on all GPUs that have it.
 CUDNN_DTYPES, CUDNN_MULTIPLE, CUDNN_WIDEST, CUDNN_CAPABILITY = ('bfloat16', 'float16'), 8, 128, 8.0
+# Bytes of logits on one TPU from which one head at a time is faster: they do not stay in the chip's own memory.
+LARGE = 2**26
 # A logit that leaves a key no weight, and is still a number in float16.
 REMOVED = -1e4
 
@@ -50,35 +52,42 @@ class DotProduct:
     implementation: str = ''
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: Conditioning) -> tuple[jax.Array, dict]:
-        chosen = kernel(self.implementation, q.dtype, q.shape[-1])
+        chosen = kernel(self.implementation, q, k)
         if chosen:
             return fused(q, k, v, seen.bias, chosen), {}
         products = logits(q, k)
         return weighted_values(products if seen.bias is None else products + seen.bias, v), {}
 
 
-def kernel(implementation: str, dtype: jnp.dtype, width: int) -> str:
-    """The kernel that computes attention on the devices of the mesh (`jax.set_mesh`), or without one, on jax's default.
+def kernel(implementation: str, q: jax.Array, k: jax.Array, extra: int = 0) -> str:
+    """The form of attention for queries and keys on the devices of the mesh (`jax.set_mesh`), or jax's default ones.
 
     Args:
-      implementation: 'auto' for cuDNN's where it fits and plain products elsewhere; 'cudnn' or 'xla', those of
-        `jax.nn.dot_product_attention`; '' for plain products.
-      dtype: of queries, keys and values.
-      width: features per head.
+      implementation: 'auto' for cuDNN's kernel on a GPU where it fits, one head at a time on a TPU where the logits are
+        large, and plain products otherwise; or what is returned.
+      q, k: (B, N, h, d) and (B, M, h, d).
+      extra: features that each head gets in addition.
 
     Returns:
-      'cudnn', 'xla' or '' for plain products.
+      'cudnn' or 'xla', implementations of `jax.nn.dot_product_attention`; 'heads' for plain products of one head at a
+      time; '' for plain products of all.
     """
     if implementation != 'auto':
         return implementation
-    fits = dtype.name in CUDNN_DTYPES and width % CUDNN_MULTIPLE == 0 and width <= CUDNN_WIDEST
-    return 'cudnn' if fits and _has_cudnn() else ''
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
+    width, split = q.shape[-1] + extra, dict(mesh.shape)
+    if platform == 'gpu' and _has_cudnn():
+        fits = q.dtype.name in CUDNN_DTYPES and width % CUDNN_MULTIPLE == 0 and width <= CUDNN_WIDEST
+        return 'cudnn' if fits else ''
+    tensor = split.get('tensor', 1)  # splits heads: a loop over them would gather them
+    if platform == 'tpu' and tensor == 1:
+        images, queries, heads, _ = q.shape
+        return 'heads' if 4 * images * heads * queries * k.shape[1] / max(mesh.size, 1) > LARGE else ''
+    return ''
 
 
 def _has_cudnn() -> bool:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if (device.platform if device else jax.default_backend()) != 'gpu':
-        return False
     capability = str(getattr(jax.local_devices(backend='gpu')[0], 'compute_capability', ''))
     return capability.replace('.', '', 1).isdigit() and float(capability) >= CUDNN_CAPABILITY  # of AMD: 'gfx90a'
 
@@ -86,15 +95,19 @@ def _has_cudnn() -> bool:
 def fused(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, implementation: str, scale: float | None = None
 ) -> jax.Array:
-    """Attention in a kernel of `jax.nn.dot_product_attention`, which stores no (B, h, N, M).
+    """Attention that stores no (B, h, N, M).
 
     Args:
       q, k, v: (B, N, h, d) and (B, M, h, d).
       bias: (h, N, M), added to the logits; or None.
-      implementation: 'cudnn' or 'xla'.
+      implementation: 'cudnn', 'xla' or 'heads', see `kernel`.
       scale: of the logits; None for 1 / sqrt(d).
     """
     n, m, bounds = q.shape[1], k.shape[1], {}
+    scale = scale or 1.0 / math.sqrt(q.shape[-1])
+    if implementation == 'heads':
+        heads_first = (x.transpose(2, 0, 1, 3) for x in (q, k, v))
+        return _head_by_head(*heads_first, bias, scale).transpose(1, 2, 0, 3)
     if implementation == 'cudnn' and (n % 2 or m % 2):  # cuDNN has no gradients of an odd number of tokens
         q, (k, v) = _longer(q, n % 2), (_longer(x, m % 2) for x in (k, v))
         if bias is None:
@@ -104,8 +117,40 @@ def fused(
             bias = jnp.pad(bias, ((0, 0), (0, n % 2), (0, 0)))
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, m % 2)), constant_values=REMOVED)
     bias = None if bias is None else bias.astype(q.dtype)[None]
-    scale = scale or 1.0 / math.sqrt(q.shape[-1])
     return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation, **bounds)[:, :n]
+
+
+def _one_head(q, k, v, bias, scale):
+    """Attention of (B, N, d)."""
+    products = scale * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(products if bias is None else products + bias, axis=-1)
+    return jnp.einsum('bqk,bkd->bqd', weights.astype(v.dtype), v)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _head_by_head(q, k, v, bias, scale):
+    """Attention of (h, B, N, d), in a loop over the heads: what lies between its products never leaves the chip."""
+    return jax.lax.map(lambda head: _one_head(*head, scale), (q, k, v, bias))
+
+
+def _head_by_head_fwd(q, k, v, bias, scale):
+    return _head_by_head(q, k, v, bias, scale), (q, k, v, bias)
+
+
+def _head_by_head_bwd(scale, inputs, gradient):
+    """Each head's gradients take the place of its inputs: new arrays would be filled with zeros first."""
+
+    def turn(i, arrays):
+        one = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
+        # All is read before any is overwritten; else the arrays would be copied.
+        head, back_in = jax.lax.optimization_barrier(jax.tree.map(one, (arrays, gradient)))
+        _, back = jax.vjp(partial(_one_head, scale=scale), *head)
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), arrays, back(back_in))
+
+    return jax.lax.fori_loop(0, len(gradient), turn, inputs)
+
+
+_head_by_head.defvjp(_head_by_head_fwd, _head_by_head_bwd)
 
 
 def _longer(x: jax.Array, by: int) -> jax.Array:

@@ -203,9 +203,9 @@ FIELDS: dict[str, Field] = {
     'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16', 'float16'), trains=True),
     'model.residual_dtype': shapes('', one_of('', 'float32', 'bfloat16', 'float16')),
     'model.remat': shapes(False, trains=True),
-    # auto: cuDNN's kernel on a GPU where it fits, plain matrix products elsewhere; cudnn or xla for that implementation
-    # of jax.nn.dot_product_attention; '' for plain products
-    'model.attention': shapes('auto', one_of('auto', 'cudnn', 'xla', ''), replaces=True),
+    # auto: cuDNN's kernel on a GPU where it fits, one head at a time on a TPU where the logits are large, plain matrix
+    # products otherwise; cudnn or xla, those of jax.nn.dot_product_attention; heads; '' for plain products
+    'model.attention': shapes('auto', one_of('auto', 'cudnn', 'xla', 'heads', ''), replaces=True),
     # --- Method
     'mask_ratio': shapes(0.75, within(0, 1)),
     'mae.decoder_depth': shapes(8, at_least(1)),

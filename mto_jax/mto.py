@@ -464,7 +464,7 @@ class MaskedAttention:
         """The output (B, N, h, d) and the statistics of q, k, v (B, N, h, d) and what the block sees."""
         s, masked = self.settings, seen.masked
         patches, patch_masked = seen.tokens[:, self.num_prefix :], masked[:, self.num_prefix :]
-        chosen = '' if self.needs_logits else attention.kernel(self.implementation, q.dtype, q.shape[-1] + CHANNELS)
+        chosen = '' if self.needs_logits else attention.kernel(self.implementation, q, k, CHANNELS)
         logits = None if chosen else attention.logits(q, k)
 
         def attention_affinity():

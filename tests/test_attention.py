@@ -75,6 +75,7 @@ FORMS = {
     'plain': attention.DotProduct(),
     'automatic': attention.DotProduct('auto'),
     'xla': attention.DotProduct('xla'),
+    'heads': attention.DotProduct('heads'),
     'cudnn': attention.DotProduct('cudnn'),
 }
 
@@ -98,7 +99,7 @@ def test_recalibration_in_a_kernel(rng, kernel, n, gate, rows, dtype):
     masked = np.asarray(arrays[-1])
     keys, queries = masked[:, None, None, :], masked[:, None, :, None]
     factor = np.where(keys & (~queries | (rows == 'all')), gate, 1.0)
-    for implementation in ('', 'cudnn'):
+    for implementation in ('', 'heads', 'cudnn'):
         form = mto.MaskedAttention(mto.Settings(rows=rows), gate, 0, False, False, implementation)
         close(outputs(form, *arrays), by_hand(*arrays[:5], factor), dtype)
 
@@ -109,7 +110,7 @@ def test_statistics_in_a_kernel(rng, kernel, length):
     the mass of their number, or all or none of it."""
     q, k, v, bias, _, masked = inputs(rng, 37, 37, 'float32', True)
     settings = mto.Settings(recalibration='adaptive', affinity='attention_mean', w_spa=1.0, w_e=1.0)
-    forms = [mto.MaskedAttention(settings, None, 1, True, False, i) for i in ('', 'cudnn')]
+    plain, *forms = (mto.MaskedAttention(settings, None, 1, True, False, i) for i in ('', 'heads', 'cudnn'))
 
     def statistics(form):
         def total(q, k):
@@ -119,32 +120,41 @@ def test_statistics_in_a_kernel(rng, kernel, length):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(length * q, k)
 
-    for a, b in zip(*(jax.tree.leaves(statistics(form)) for form in forms), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()), rtol=1e-4)
+    wanted = jax.tree.leaves(statistics(plain))
+    for form in forms:
+        for a, b in zip(jax.tree.leaves(statistics(form)), wanted, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()), rtol=1e-4)
+
+
+def choice(width=64, dtype='bfloat16', images=64, tokens=197, extra=0):
+    q = jax.ShapeDtypeStruct((images, tokens, 12, width), dtype)
+    return attention.kernel('auto', q, q, extra)
 
 
 def test_the_choice(monkeypatch):
-    """cuDNN where there is one, of the dtypes and widths that it takes."""
-    bf16, f32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
-    assert attention.kernel('auto', bf16, 64) == ''  # a CPU
-    assert attention.kernel('xla', bf16, 64) == 'xla'
-    for capability, has in (('9.0', 'cudnn'), ('7.5', ''), ('gfx90a', '')):
+    """cuDNN where there is one, of the dtypes and widths that it takes; one head at a time on a TPU where logits are
+    large; plain products otherwise, and on the devices of a mesh whatever jax's default is."""
+    q = jnp.zeros((1, 2, 1, 8))
+    assert attention.kernel('xla', q, q) == 'xla'
+    assert choice() == ''
+    for capability, chosen in (('9.0', 'cudnn'), ('7.5', ''), ('gfx90a', '')):
         device = type('Device', (), {'compute_capability': capability})
         monkeypatch.setattr(jax, 'local_devices', lambda backend, d=device: [d])
         monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-        assert attention.kernel('auto', bf16, 64) == has
-        assert not attention.kernel('auto', f32, 64)
-        assert not attention.kernel('auto', bf16, 42)
-        assert not attention.kernel('auto', bf16, 136)
-        mesh = jax.make_mesh((1,), ('data',))
-        with jax.set_mesh(mesh):  # of CPUs
-            assert not attention.kernel('auto', bf16, 64)
+        assert choice() == choice(width=120, extra=8) == chosen
+        assert choice(dtype='float32') == choice(width=42) == choice(width=128, extra=8) == ''
+        with jax.set_mesh(jax.make_mesh((1,), ('data',))):  # of CPUs
+            assert choice() == ''
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+    assert choice() == choice(dtype='float32') == 'heads'
+    assert choice(tokens=50) == choice(images=4) == ''
 
 
 @pytest.mark.parametrize('config', [mae_mto, simmim_mto])
 def test_no_square_of_tokens_on_a_gpu(config, monkeypatch):
     """The train step as it is lowered for a GPU holds cuDNN's calls, and no array of a pair of tokens per head."""
     monkeypatch.setattr(attention, '_has_cudnn', lambda: True)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91900)
     c = shrink(config.get_config())
     c.model.dtype, c.model.patch_size, c.mae.decoder_width, c.batch_size = 'bfloat16', 2, 16, 4

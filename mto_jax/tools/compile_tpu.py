@@ -68,7 +68,7 @@ def run(config, workdir) -> list[dict]:
       UserError: for an unknown topology, a mesh or batch that does not fit it, or without libtpu.
     """
     del workdir
-    _prepare_libtpu()
+    prepare_libtpu()
     name = _TOPOLOGY.value
     chip = CHIPS.get(name.partition(':')[0])
     if chip is None:
@@ -92,7 +92,7 @@ def run(config, workdir) -> list[dict]:
     return rows
 
 
-def _prepare_libtpu() -> None:
+def prepare_libtpu() -> None:
     """Before libtpu is loaded: no lock against other compilations, no look-up of a machine's own TPU."""
     jax.config.update('jax_platforms', 'cpu')
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
