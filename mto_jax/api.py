@@ -313,5 +313,5 @@ def _restored(reader, step, name, shapes):
 
 
 def _attention(name: str | None) -> str:
-    """The attention kernel of a training, where this device has it."""
-    return 'xla' if name is None or (name == 'cudnn' and jax.default_backend() != 'gpu') else name
+    """The attention of a training, or what fits this device."""
+    return 'auto' if name in (None, 'cudnn') else name
