@@ -189,6 +189,10 @@ def test_a_field_by_itself(fails, field, value):
         ({'mesh.tensor': 3}, 'mesh.tensor is 3'),
         ({'allow_cpu': False}, 'allow_cpu'),
         ({'hosts.coordinator': 'here:1234', 'hosts.count': 2, 'hosts.index': 2}, 'hosts.index is 2'),
+        (
+            {'data.channels': 2, 'data.mean': (0.5,) * 2, 'data.std': (0.5,) * 2},
+            'data.channels is 2; images are decoded',
+        ),
         ({'data.image_size': (28,)}, 'data.image_size is (28,); it must be 2 values'),
         ({'epochs': 0.0}, 'epochs is 0.0; it must be above 0'),
         ({'seed': -1}, 'seed is -1; it must be'),
@@ -237,12 +241,13 @@ def images(config, tmp_path, rng):
     ('changes', 'words'),
     [
         ({'data.val_split': 'flat'}, "the split 'flat' has no labels, which kNN on the way (eval.every_epochs"),
+        ({'data.val_split': 'val[:150%]'}, "the split 'val[:150%]' goes to 150%; it must be at most 100%"),
         ({'data.train_split': 'unlabeled'}, "the split 'unlabeled' has no labels, which kNN on the way"),
         ({'data.val_split': 'tiny'}, "the split 'tiny' has classes that 'train' lacks: images, val. A class is"),
         ({'data.num_classes': 1}, 'data.num_classes is 1; train has 2 classes'),
         ({'task': 'compare', 'eval.every_epochs': 0.0, 'data.test_split': 'flat'}, 'which a comparison needs'),
     ],
-    ids=['flat validation', 'unlabelled training', 'other classes', 'few classes', 'comparison'],
+    ids=['flat validation', 'beyond', 'unlabelled training', 'other classes', 'few classes', 'comparison'],
 )
 def test_what_the_first_evaluation_would_need(images, fails, changes, words):
     assert words in fails({'eval.every_epochs': 1.0} | changes)

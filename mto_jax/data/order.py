@@ -7,14 +7,20 @@ import numpy as np
 
 from mto_jax.errors import UserError
 
-_SPLIT = re.compile(r'(?P<name>[\w.\-]+)(\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?')
+_SPLIT = re.compile(r'(?P<name>[\w.\-]+)(\[(?P<start>(\d+%?)?):(?P<stop>(\d+%?)?)\])?')
 
 
 def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, slice] | None:
-    """The name and the slice that 'train', 'train[:90%]' or 'train[100:]' mean; None where `sizes` has no such name."""
+    """The name and the slice that 'train', 'train[:90%]' or 'train[100:]' mean; None where `sizes` has no such name.
+
+    Raises:
+      UserError: for a percentage above 100.
+    """
     found = _SPLIT.fullmatch(split)
     if not found or found['name'] not in sizes:
         return None
+    if over := [t for t in (found['start'], found['stop']) if t and t.endswith('%') and float(t[:-1]) > 100]:
+        raise UserError(f'data: the split {split!r} goes to {over[0]}; it must be at most 100%')
     total = sizes[found['name']]
 
     def position(text, default):

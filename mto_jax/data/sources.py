@@ -157,8 +157,11 @@ def open_source(data, split: str) -> Source:
     """Open one split of the data set that `config.data` names.
 
     Raises:
-      UserError: if the data set or the split is missing or has no images, saying how to get it.
+      UserError: if the data set or the split is missing or has no images, saying how to get it; for a number of
+        channels that no image is decoded to.
     """
+    if data.channels not in (1, 3, 4):
+        raise UserError(f'data.channels is {data.channels}; images are decoded to one of 1, 3 or 4 channels')
     if data.name == folder.NAME:
         return folder.open_folder(data.data_dir, split, data.mask)
     source = _open_tfds(data, split)
