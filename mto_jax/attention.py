@@ -37,6 +37,7 @@ Attend = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 CUDNN_DTYPES, CUDNN_MULTIPLE, CUDNN_WIDEST, CUDNN_CAPABILITY = ('bfloat16', 'float16'), 8, 128, 8.0
 # Bytes of logits on one TPU from which one head at a time is faster: they do not stay in the chip's own memory.
 LARGE = 2**26
+EXTRA = 8  # features that `fused` adds to each head for a shift: kernels want multiples of 8
 # A logit that leaves a key no weight, and is still a number in float16.
 REMOVED = -1e4
 
@@ -93,7 +94,12 @@ def _has_cudnn() -> bool:
 
 
 def fused(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, implementation: str, scale: float | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    implementation: str,
+    shift: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Attention that stores no (B, h, N, M).
 
@@ -101,13 +107,15 @@ def fused(
       q, k, v: (B, N, h, d) and (B, M, h, d).
       bias: (h, N, M), added to the logits; or None.
       implementation: 'cudnn', 'xla' or 'heads', see `kernel`.
-      scale: of the logits; None for 1 / sqrt(d).
+      shift: float32 (B, N) of 0 and 1, and (B, M) of at least `REMOVED`: their products are added to all heads' logits.
+        They have no gradient. None for nothing.
     """
-    n, m, bounds = q.shape[1], k.shape[1], {}
-    scale = scale or 1.0 / math.sqrt(q.shape[-1])
+    n, m, d, bounds = q.shape[1], k.shape[1], q.shape[-1], {}
     if implementation == 'heads':
         heads_first = (x.transpose(2, 0, 1, 3) for x in (q, k, v))
-        return _head_by_head(*heads_first, bias, scale).transpose(1, 2, 0, 3)
+        return _head_by_head(*heads_first, bias, shift).transpose(1, 2, 0, 3)
+    if shift:
+        q, k, v = _with_shift(q, k, v, *shift)
     if implementation == 'cudnn' and (n % 2 or m % 2):  # cuDNN has no gradients of an odd number of tokens
         q, (k, v) = _longer(q, n % 2), (_longer(x, m % 2) for x in (k, v))
         if bias is None:
@@ -117,37 +125,58 @@ def fused(
             bias = jnp.pad(bias, ((0, 0), (0, n % 2), (0, 0)))
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, m % 2)), constant_values=REMOVED)
     bias = None if bias is None else bias.astype(q.dtype)[None]
-    return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation, **bounds)[:, :n]
+    out = jax.nn.dot_product_attention(q, k, v, bias, scale=1.0 / math.sqrt(d), implementation=implementation, **bounds)
+    return out[:, :n, :, :d]
 
 
-def _one_head(q, k, v, bias, scale):
+def _with_shift(q, k, v, on_queries, on_keys):
+    """Queries, keys and values whose plain attention, with the scale of the given ones, has the shift.
+
+    It is a matrix of rank one, and so one more feature of queries and keys; a second has what the dtype rounds off.
+    """
+    on_keys = jnp.maximum(math.sqrt(q.shape[-1]) * on_keys, REMOVED)
+    coarse = on_keys.astype(k.dtype)
+    on_keys = jnp.stack([coarse, (on_keys - coarse.astype(on_keys.dtype)).astype(k.dtype)], axis=-1)
+
+    def widened(x, features):
+        features = jnp.broadcast_to(features[:, :, None], (*x.shape[:3], 2)).astype(x.dtype)
+        return jnp.concatenate([x, jnp.pad(features, ((0, 0), (0, 0), (0, 0), (0, EXTRA - 2)))], axis=-1)
+
+    return widened(q, on_queries[..., None]), widened(k, on_keys), jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, EXTRA)))
+
+
+def _one_head(q, k, v, bias, shift):
     """Attention of (B, N, d)."""
-    products = scale * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(products if bias is None else products + bias, axis=-1)
-    return jnp.einsum('bqk,bkd->bqd', weights.astype(v.dtype), v)
+    products = 1.0 / math.sqrt(q.shape[-1]) * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        products = products + bias
+    if shift is not None:
+        products = products + shift[0][:, :, None] * shift[1][:, None, :]
+    return jnp.einsum('bqk,bkd->bqd', jax.nn.softmax(products, axis=-1).astype(v.dtype), v)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _head_by_head(q, k, v, bias, scale):
+@jax.custom_vjp
+def _head_by_head(q, k, v, bias, shift):
     """Attention of (h, B, N, d), in a loop over the heads: what lies between its products never leaves the chip."""
-    return jax.lax.map(lambda head: _one_head(*head, scale), (q, k, v, bias))
+    return jax.lax.map(lambda head: _one_head(*head, shift), (q, k, v, bias))
 
 
-def _head_by_head_fwd(q, k, v, bias, scale):
-    return _head_by_head(q, k, v, bias, scale), (q, k, v, bias)
+def _head_by_head_fwd(q, k, v, bias, shift):
+    return _head_by_head(q, k, v, bias, shift), ((q, k, v, bias), shift)
 
 
-def _head_by_head_bwd(scale, inputs, gradient):
+def _head_by_head_bwd(kept, gradient):
     """Each head's gradients take the place of its inputs: new arrays would be filled with zeros first."""
+    inputs, shift = kept
 
     def turn(i, arrays):
         one = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
         # All is read before any is overwritten; else the arrays would be copied.
         head, back_in = jax.lax.optimization_barrier(jax.tree.map(one, (arrays, gradient)))
-        _, back = jax.vjp(partial(_one_head, scale=scale), *head)
+        _, back = jax.vjp(partial(_one_head, shift=shift), *head)
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), arrays, back(back_in))
 
-    return jax.lax.fori_loop(0, len(gradient), turn, inputs)
+    return *jax.lax.fori_loop(0, len(gradient), turn, inputs), None
 
 
 _head_by_head.defvjp(_head_by_head_fwd, _head_by_head_bwd)

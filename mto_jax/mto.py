@@ -27,8 +27,6 @@ ROWS = ('visible', 'all')
 # Below this weight a masked key is removed by a mask: its logarithm would only lose precision.
 MIN_GATE = 1e-4
 LN_EPS = 1e-6
-# Features that recalibration in a kernel adds to each head: two are used, and kernels want multiples of 8.
-CHANNELS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,32 +208,16 @@ def _log_gate(gate: float | jax.Array, masked: jax.Array, removed: float) -> jax
     return jnp.where(gate <= MIN_GATE, removed, jnp.log(jnp.maximum(gate, MIN_GATE)))
 
 
-def recalibrated_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, masked: jax.Array, gate: float | jax.Array, rows: str = 'visible'
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of which plain attention, with the scale of the given ones, is recalibrated attention.
-
-    Recalibration adds log g of its key to a logit of a masked key: a matrix of rank one, and so one more feature of
-    queries and keys. It is two here, for the part of log g that the dtype rounds off.
+def recalibrating_shift(
+    masked: jax.Array, gate: float | jax.Array, rows: str = 'visible'
+) -> tuple[jax.Array, jax.Array]:
+    """`recalibrate` as a shift of the logits, for `attention.fused`: float32 (B, N) of queries and of keys.
 
     Args:
-      q, k, v: (B, N, h, d).
-      masked, gate, rows: as for `recalibrate`.
-
-    Returns:
-      (B, N, h, d + 8) each; the output's last 8 features are 0.
+      masked, gate, rows: as there.
     """
-    scale = math.sqrt(q.shape[-1])
-    shift = jnp.where(masked, scale * _log_gate(gate, masked, attention.REMOVED / scale), 0.0)
-    coarse = shift.astype(k.dtype)
-    on_keys = jnp.stack([coarse, (shift - coarse.astype(shift.dtype)).astype(k.dtype)], axis=-1)
-    on_queries = jnp.ones_like(on_keys) if rows == 'all' else jnp.where(masked, 0, 1).astype(q.dtype)[..., None]
-
-    def widened(x, features):
-        features = jnp.broadcast_to(features[:, :, None], (*x.shape[:3], 2)).astype(x.dtype)
-        return jnp.concatenate([x, jnp.pad(features, ((0, 0), (0, 0), (0, 0), (0, CHANNELS - 2)))], axis=-1)
-
-    return widened(q, on_queries), widened(k, on_keys), jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, CHANNELS)))
+    on_keys = jnp.where(masked, _log_gate(gate, masked, attention.REMOVED), 0.0)
+    return jnp.ones_like(on_keys) if rows == 'all' else (~masked).astype(jnp.float32), on_keys
 
 
 def _mean_over(values: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -464,7 +446,7 @@ class MaskedAttention:
         """The output (B, N, h, d) and the statistics of q, k, v (B, N, h, d) and what the block sees."""
         s, masked = self.settings, seen.masked
         patches, patch_masked = seen.tokens[:, self.num_prefix :], masked[:, self.num_prefix :]
-        chosen = '' if self.needs_logits else attention.kernel(self.implementation, q, k, CHANNELS)
+        chosen = '' if self.needs_logits else attention.kernel(self.implementation, q, k, attention.EXTRA)
         logits = None if chosen else attention.logits(q, k)
 
         def attention_affinity():
@@ -486,8 +468,8 @@ class MaskedAttention:
             gate = jnp.clip(gate, 0.0, 1.0)
         gated = not isinstance(gate, float) or gate != 1.0
         if chosen:
-            heads = recalibrated_heads(q, k, v, masked, gate, s.rows) if gated else (q, k, v)
-            out = attention.fused(*heads, seen.bias, chosen, 1.0 / math.sqrt(q.shape[-1]))[..., : q.shape[-1]]
+            shift = recalibrating_shift(masked, gate, s.rows) if gated else None
+            out = attention.fused(q, k, v, seen.bias, chosen, shift)
         else:
             used = logits if seen.bias is None else logits + seen.bias.astype(jnp.float32)
             used = recalibrate(used, masked, gate, s.rows) if gated else used
