@@ -129,7 +129,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + beside + memory.generated_code_size_in_bytes
     out |= {
-        'fits': f'yes: {_gb(total)} of {_gb(chip.memory)}',
+        'fits': f'{"yes" if total <= chip.memory else "no"}: {_gb(total)} of {_gb(chip.memory)}',
         'temporaries on a chip': _gb(memory.temp_size_in_bytes),
         'compiled in': f'{time.perf_counter() - begun:.0f} s',
     }
