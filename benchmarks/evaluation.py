@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 # Rows of the table: config, fields, what of its report is shown.
 PROBES = {
@@ -63,17 +64,17 @@ def measure(seed: int, out: Path, epochs: float) -> dict[str, float]:
 
 
 def table(results: dict[int, dict[str, float]]) -> str:
-    """Mean and standard error of each row, and of the paired differences between the two starts."""
+    """Mean and 95% interval over the seeds (Student's t) of each row, and of the paired differences of the two starts."""
     rows = {row: np.array([r[row] for r in results.values()]) for row in next(iter(results.values()))}
     for labels in LABELS:
         name = f'fine-tuned, {labels} of the labels'
         rows[f'{name}: difference'] = rows[f'{name}, pre-trained'] - rows[f'{name}, from scratch']
-    lines = ['| | seeds | test accuracy | each seed |', '|---|---|---|---|']
+    lines = ['| | seeds | test accuracy | 95% interval | each seed |', '|---|---|---|---|---|']
     for row, values in rows.items():
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
-        lines.append(
-            f'| {row} | {len(values)} | {values.mean():.1f} ± {error:.1f} | {" ".join(f"{v:.1f}" for v in values)} |'
-        )
+        n, mean = len(values), values.mean()
+        half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5 if n > 1 else float('nan')
+        each = ' '.join(f'{v:.1f}' for v in values)
+        lines.append(f'| {row} | {n} | {mean:.1f} | {mean - half:.1f} to {mean + half:.1f} | {each} |')
     return '\n'.join(lines) + '\n'
 
 

@@ -416,7 +416,7 @@ def test_out_of_a_run_and_in_again(pretrained, tmp_path, capsys):  # noqa: F811
         c.checkpoint, c.eval.batch_size, c.mesh.data, c.allow_cpu = str(source), 32, 1, True
         c.data.name, c.data.data_dir = 'fashion_mnist_12k', 'data'
         c.data.train_split, c.data.test_split, c.data.eval_resize = 'train[:130]', 'test[:70]', 0
-        scores.append(tasks.run(c, tmp_path / 'knn'))
+        scores.append(tasks.run(c, tmp_path / f'knn{len(scores)}'))
     same = [{k: v for k, v in found.items() if k not in ('checkpoint', 'step')} for found in scores]
     assert same[0] == same[1]
     with pytest.raises(SystemExit):
