@@ -64,7 +64,7 @@ def measure(seed: int, out: Path, epochs: float) -> dict[str, float]:
 
 
 def table(results: dict[int, dict[str, float]]) -> str:
-    """Mean and 95% interval over the seeds (Student's t) of each row, and of the paired differences of the two starts."""
+    """Mean and 95% interval (Student's t) of each row, and of the paired differences between the two starts."""
     rows = {row: np.array([r[row] for r in results.values()]) for row in next(iter(results.values()))}
     for labels in LABELS:
         name = f'fine-tuned, {labels} of the labels'
