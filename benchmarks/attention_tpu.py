@@ -142,7 +142,7 @@ def main():
     for name in args.forms.split(','):
         begun = time.perf_counter()
         program = compiled(FORMS[name], args.stack, device)
-        cycles, _ = compile_tpu.read_hlo(program.as_text())
+        cycles, *_ = compile_tpu.read_hlo(program.as_text())
         temporaries = program.memory_analysis().temp_size_in_bytes / 2**20
         print(
             f'{args.topology} {args.stack} {name}: {cycles / 1e6:.2f} M cycles, {temporaries:.0f} MiB of temporaries, '

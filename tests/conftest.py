@@ -128,6 +128,7 @@ def shrink(c):
     c.bootmae.decoder_width, c.bootmae.block_patches, c.bootmae.block_area = 20, 8, (2, 5)
     c.batch_size, c.mesh.data, c.allow_cpu = 32, 1, True
     c.epochs, c.optim.warmup_epochs, c.optim.decay_epochs = 2.0, 0.5, ()
+    c.optim.min_lr = min(c.optim.min_lr, 1e-6)  # below the peak, which is in proportion to the batch
     # Pictures take longer than such a training: tests that are about them ask for them.
     c.log_every, c.diagnose_every, c.checkpoints.every = 3, 0, 2
     c.eval.every_epochs, c.eval.batch_size, c.eval.linear_steps = 0.0, 32, 20

@@ -133,10 +133,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
         'temporaries on a chip': _gb(memory.temp_size_in_bytes),
         'compiled in': f'{time.perf_counter() - begun:.0f} s',
     }
-    try:
-        cycles, collectives = read_hlo(text)
-    except ValueError as e:
-        return out | {'estimated step': f'unknown: {e}'}
+    cycles, collectives, unknown = read_hlo(text)
     seconds = cycles / chip.clock
     return out | {
         'collectives': ', '.join(
@@ -144,7 +141,9 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
             for kind, (n, size, overlapped) in collectives.items()
         )
         or 'none',
-        'estimated step': f'{1e3 * seconds:.1f} ms without exposed collectives, '
+        'estimated step': f'at least {1e3 * seconds:.1f} ms, with {"; ".join(unknown)}'
+        if unknown
+        else f'{1e3 * seconds:.1f} ms without exposed collectives, '
         f'{config.batch_size / seconds:.0f} images/s, {least / seconds:.0%} MFU',
     }
 
@@ -186,18 +185,16 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4}
 
 
-def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
-    """From a compiled program: cycles of all it runs, {collective: [count, bytes of its results, overlapped bytes]}.
+def read_hlo(text: str) -> tuple[int, dict[str, list[int]], list[str]]:
+    """From a compiled program: cycles of all it runs, {collective: [count, bytes of its results, overlapped bytes]}, and
+    what makes the cycles too few, in words.
 
-    What a loop holds counts once a turn. A collective overlaps with computation if the compiler starts it in one place
-    and waits for it in another.
-
-    Raises:
-      ValueError: for a loop of which the program does not tell how many turns there are, or a kernel (Pallas'), which
-        has no estimate.
+    What a loop holds counts once a turn; once, where the program does not tell how many turns there are. Of a kernel
+    (Pallas') there is no estimate. A collective overlaps with computation if the compiler starts it in one place and
+    waits for it in another.
     """
-    if kernels := text.count('custom_call_target="tpu_custom_call"'):
-        raise ValueError(f'{kernels} calls of a kernel of which the compiler estimates no cost')
+    kernels = text.count('custom_call_target="tpu_custom_call"')
+    unknown = [f'{kernels} calls of a kernel of unknown cost'] if kernels else []
     bodies: dict[str, list[str]] = {}
     entry = name = ''
     for line in text.splitlines():
@@ -237,6 +234,9 @@ def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
             turns = 1
             if op == 'while':
                 turns = _turns(line, bodies)
+                if turns is None:
+                    unknown.append('a loop of unknown length, counted once')
+                    turns = 1
                 inner = re.findall(r'body=%?([\w.\-]+)', line)
             elif op in ('call', 'fusion', 'async-start', 'conditional'):
                 inner = re.findall(r'(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)', line)
@@ -245,20 +245,19 @@ def read_hlo(text: str) -> tuple[int, dict[str, list[int]]]:
             cycles += sum(walk(other, times * turns) for other in inner)
         return cycles
 
-    return walk(entry, 1), collectives
+    return walk(entry, 1), collectives, unknown
 
 
-def _turns(loop: str, bodies: dict[str, list[str]]) -> int:
-    """How many turns a loop has: said on its line, or the number that its condition compares a counter from 0 with."""
+def _turns(loop: str, bodies: dict[str, list[str]]) -> int | None:
+    """How many turns a loop has: said on its line, or the number that its condition compares a counter from 0 with;
+    None where neither is there."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
     if known:
         return int(known[1])
     condition = re.search(r'condition=%?([\w.\-]+)', loop)[1]
     text = '\n'.join(bodies.get(condition, ()))
     bounds = re.findall(r'= s32\[\]\S* constant\((\d+)\)', text)
-    if len(bounds) != 1 or text.count('direction=LT') != 1:
-        raise ValueError(f'a loop of unknown length: its condition is {condition}')
-    return int(bounds[0])
+    return int(bounds[0]) if len(bounds) == 1 and text.count('direction=LT') == 1 else None
 
 
 def _size(dtype: str, dims: str) -> int:
