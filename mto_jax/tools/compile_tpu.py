@@ -186,8 +186,8 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, '
 
 
 def read_hlo(text: str) -> tuple[int, dict[str, list[int]], list[str]]:
-    """From a compiled program: cycles of all it runs, {collective: [count, bytes of its results, overlapped bytes]}, and
-    what makes the cycles too few, in words.
+    """From a compiled program: cycles of all it runs, {collective: [count, bytes of its results, overlapped bytes]},
+    and what makes the cycles too few, in words.
 
     What a loop holds counts once a turn; once, where the program does not tell how many turns there are. Of a kernel
     (Pallas') there is no estimate. A collective overlaps with computation if the compiler starts it in one place and
