@@ -500,6 +500,8 @@ def test_not_finite_stops_and_saves_nothing(config, tmp_path, capsys):
     assert 'resuming at step 4' in capsys.readouterr().out
 
 
+# jaxlib 0.12's reader of profiles warns where an error ends the process.
+@pytest.mark.filterwarnings('ignore:builtin type:DeprecationWarning')
 def test_a_profile_of_chosen_steps(config, tmp_path, monkeypatch, capsys):
     """The trace holds those steps by their numbers; the log has the MFU where the peak is known."""
     monkeypatch.setattr(perf, 'PEAKS', {'cpu': 1e15})
