@@ -318,7 +318,7 @@ def test_the_examples_of_the_docs(monkeypatch, tmp_path, photos, rng):
     assert all(len(block.splitlines()) < 10 for block in blocks)
     where, *_ = pretrained(small(), tmp_path / 'runs/quickstart/seed0/mae_mto', rng)
     pretrained(small(bootmae), tmp_path / 'runs/quickstart/seed0/bootmae_mto', rng)
-    finetuned(small(task='finetune'), tmp_path / 'runs/finetune_quickstart', rng)
+    finetuned(small(task='finetune'), tmp_path / 'runs/finetune_quickstart/quickstart_seed0_mae_mto', rng)
     exchange.write(exchange.read(where), tmp_path / 'weights/vit_base', 'huggingface')
     monkeypatch.chdir(tmp_path)
     names = {}
