@@ -45,10 +45,12 @@ def same(ours: str, theirs: str) -> Row:
 
 def dense(ours: str, theirs: str, bias: bool = True) -> Row:
     """A linear layer: a kernel (in, out) against a weight (out, in)."""
-    names = (f'{ours}/kernel', f'{ours}/bias'), (f'{theirs}.weight', f'{theirs}.bias')
-    ours_, theirs_ = names if bias else (n[:1] for n in names)
+    arrays = 2 if bias else 1
     return Row(
-        tuple(ours_), tuple(theirs_), lambda k, *b: (k.T, *b), lambda shapes, w, *b: (w.T.reshape(shapes[0]), *b)
+        (f'{ours}/kernel', f'{ours}/bias')[:arrays],
+        (f'{theirs}.weight', f'{theirs}.bias')[:arrays],
+        lambda k, *b: (k.T, *b),
+        lambda shapes, w, *b: (w.T.reshape(shapes[0]), *b),
     )
 
 
