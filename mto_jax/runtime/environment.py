@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,22 @@ def code_hash() -> str:
     for path in sorted(root.rglob('*.py')):
         digest.update(str(path.relative_to(root)).encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@cache
+def commit() -> str:
+    """The commit of the checkout that holds this package, with '+' where tracked files differ from it; '' elsewhere."""
+    root = Path(__file__).parents[2]
+
+    def git(*args):
+        return subprocess.run(['git', '-C', root, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not (root / '.git').exists():  # installed below a checkout of something else
+            return ''
+        return git('rev-parse', '--short=7', 'HEAD') + '+' * bool(git('status', '--porcelain', '--untracked-files=no'))
+    except (OSError, subprocess.CalledProcessError):
+        return ''
 
 
 @cache

@@ -27,7 +27,7 @@ from mto_jax.config import FIELDS, values
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen
-from mto_jax.runtime import cpu, parallel
+from mto_jax.runtime import cpu, environment, parallel
 from mto_jax.runtime.workdir import hold
 from mto_jax.studies import finetune
 from mto_jax.studies.table import BASELINE, append, columns, done
@@ -107,6 +107,7 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
         with hold(place):
             rows = _train(setup, missing, train, test, place, from_zero)
         about = {'config': mark, 'method': setup.method, 'variant': variant, 'budget': budget}
+        about['commit'] = environment.commit()
         append(path, [about | r for r in rows])
         shutil.rmtree(place)
     return path
@@ -140,7 +141,7 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
 
     watches = [Watch(probe, rows.saves, at_start=from_zero)]
     if config.finetune.epochs:
-        watches.append(Watch(tune))
+        watches.append(Watch(tune, at_start=from_zero))  # of fresh weights: training from scratch
     positions = partial(order.batch_positions, len(train[0]), config.batch_size)
     resident = feed.Resident(training, {'image': train[0]}, seeds, positions)
     with contextlib.closing(rows):

@@ -18,10 +18,11 @@ COLUMNS = (
     'epoch',  # at which it was evaluated; the budget's own is its final value
     'linear',  # accuracies, shares of one
     'knn',
-    'finetune',  # the accuracy after it; at the end only
+    'finetune',  # the accuracy after it; at the end only, and of the untrained network
     'reconstruction',  # the method's own loss on evaluation images under fixed masks
     'het',  # heterogeneity per block as `mto.diagnosis` has it, one stack after another, at the end only
     'step_seconds',  # of training, all seeds of the dispatch together
+    'commit',  # of the code that trained, see `environment.commit`
 )
 
 
