@@ -1,4 +1,4 @@
-"""MTO where training has converged further: several epochs of Fashion-MNIST, judged by fine-tuning on a tenth of the labels.
+"""MTO closer to convergence: epochs of Fashion-MNIST, judged by fine-tuning on a tenth of the labels.
 
     python -m mto_jax.studies --config=configs/study_mto.py:simmim,pilot    # or mae
 

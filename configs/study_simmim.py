@@ -101,7 +101,7 @@ def mto_variants() -> dict:
         'e r, margin 10%': mto(**both, margin=0.1),
         'e r, weights x 01': mto(**{**both, 'w_e': 0.01, 'w_r': 0.1}),
         'e r, weights x 10': mto(**{**both, 'w_e': 1.0, 'w_r': 10.0}),
-        'e r, e fades': mto(**both, decay_e=True),
+        'e r, e fades': mto(**both, fade=('e',)),
         'e r, per head': mto(**both, affinity='attention'),
         'e r, tokens': mto(**both, affinity='token'),
         'e r, keys stopped': mto(**both, stop_keys=True),
@@ -109,7 +109,7 @@ def mto_variants() -> dict:
         'e density': mto(w_e=0.1, measure='density', initial_blocks=1),
         'spa': mto(w_spa=0.1),
         'spa strong': mto(w_spa=1.0),
-        'spa with entropy': mto(w_spa=0.1, spa_entropy=True),
+        'spa with entropy': mto(w_spa=0.1, spa_form='mass+visible_entropy'),
         'ramp, e r': mto(**both, recalibration='ramp'),
         'exclude all, e r': mto(**both, recalibration='exclude', exclude_blocks=-1),
         'far token': {'model': {'mask_token_scale': 50.0}},
@@ -140,7 +140,7 @@ def refine(c):
         'spa stronger': mto(w_spa=3.0),
         'rate 8e-3, spa strong': {**mto(w_spa=1.0), 'optim': rate(c, 8e-3)},
         'rate 8e-3, e r, e fades': {
-            **mto(w_e=0.1, w_r=1.0, initial_blocks=1, decay_e=True),
+            **mto(w_e=0.1, w_r=1.0, initial_blocks=1, fade=('e',)),
             'optim': rate(c, 8e-3),
         },
         'spa strong, r': mto(w_spa=1.0, w_r=1.0, initial_blocks=1),
@@ -188,7 +188,7 @@ def confirm(c):
     c.study.variants = {
         'baseline': {},
         'spa stronger': {**mto(w_spa=3.0), **slower},
-        'e r, e fades': {**mto(w_e=0.1, w_r=1.0, initial_blocks=1, decay_e=True), **slower},
+        'e r, e fades': {**mto(w_e=0.1, w_r=1.0, initial_blocks=1, fade=('e',)), **slower},
         'baseline, rate 2e-3': slower,
     }
     return confirming(c)

@@ -19,12 +19,16 @@ class Conditioning:
       masked: bool (B, N), where a mask token stands for a patch; False for prefix tokens.
       tokens: (B, N, D), the block's input as statistics read it: the input itself, or at a stack's first block the
         embedded tokens before positions are added.
+      inputs: (B, N, D), the block's input itself.
+      progress: float32 scalar, the fraction of the training that is over; None for a training that has ended.
       memory: (B, M, D'), the tokens that cross-attention reads. With it every block has a cross-attention.
     """
 
     bias: jax.Array | None = None
     masked: jax.Array | None = None
     tokens: jax.Array | None = None
+    inputs: jax.Array | None = None
+    progress: jax.Array | None = None
     memory: jax.Array | None = None
 
 

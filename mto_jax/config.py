@@ -239,6 +239,9 @@ FIELDS: dict[str, Field] = {
     'mto.recalibration': shapes('none'),
     'mto.rows': shapes('visible'),
     'mto.exclude_blocks': shapes(0),
+    'mto.exclude_above': shapes(0.5),
+    'mto.exclude_fraction': shapes(0.5),
+    'mto.open_until': shapes(0.0),
     'mto.initial_blocks': shapes(0),
     'mto.blocks': shapes(()),
     'mto.affinity': shapes('attention_mean'),
@@ -250,9 +253,11 @@ FIELDS: dict[str, Field] = {
     'mto.w_spa': shapes(0.0),
     'mto.w_e': shapes(0.0),
     'mto.w_r': shapes(0.0),
-    'mto.spa_entropy': shapes(False),
+    'mto.spa_form': shapes('mass'),
+    'mto.spa_depth': shapes('falling'),
     'mto.warmup': shapes(0.05),
-    'mto.decay_e': shapes(False),
+    'mto.fade': shapes(()),
+    'mto.fade_until': shapes(1.0),
     # --- Training
     'batch_size': shapes(4096, at_least(1), trains=True),  # images per step, over all devices
     'accumulate': shapes(1, at_least(1), trains=True),  # microbatches per step

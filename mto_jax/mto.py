@@ -20,9 +20,17 @@ import numpy as np
 
 from mto_jax import attention
 
-SCHEDULES = ('none', 'exclude', 'ramp', 'adaptive')
-AFFINITIES = ('attention', 'attention_mean', 'token')
+PER_TOKEN = ('adaptive', 'threshold', 'rank')  # schedules whose gate depends on each masked token
+SCHEDULES = ('none', 'exclude', 'ramp', *PER_TOKEN)
+AFFINITIES = ('attention', 'attention_mean', 'token', 'gram', 'gram_positions')
 MEASURES = ('entropy', 'density')
+SPA_FORMS = ('mass', 'mass+visible_entropy', 'row_entropy', 'mass+row_entropy')
+DEPTHS = {  # weight of L_spa in block b of L
+    'falling': lambda b, depth: 1.0 - b / max(depth - 1, 1),
+    'equal': lambda b, depth: 1.0,
+    'rising': lambda b, depth: b / max(depth - 1, 1),
+}
+TERMS = ('spa', 'e', 'r')
 ROWS = ('visible', 'all')
 # Below this weight a masked key is removed by a mask: its logarithm would only lose precision.
 MIN_GATE = 1e-4
@@ -35,15 +43,20 @@ class Settings:
 
     Attributes:
       recalibration: schedule of the weight g of masked keys in visible rows: 'none'; 'exclude' (0 in the first
-        `exclude_blocks`, then 1); 'ramp' (l / (L - 1)); 'adaptive' (1 - heterogeneity of each masked token).
+        `exclude_blocks`, then 1); 'ramp' (l / (L - 1)); and by the heterogeneity of each masked token: 'adaptive' (1
+        minus it), 'threshold' (0 above `exclude_above`) or 'rank' (0 for the `exclude_fraction` with the highest).
       rows: the queries that recalibration acts on: 'visible' ones, or 'all', so that masked tokens too read visible
         keys alone where masked keys are excluded.
       exclude_blocks: how many blocks 'exclude' covers; 0 for K, -1 for all of them.
+      exclude_above: the threshold of 'threshold'.
+      exclude_fraction: of an image's masked tokens, for 'rank'.
+      open_until: fraction of the training by which all gates have opened, linearly, to 1; 0: they never open.
       initial_blocks: K, how many blocks count as initial; 0 for max(1, round(L / 4)), -1 for all of them.
       blocks: the blocks the losses read; empty for all.
-      affinity: what heterogeneity's entropy is taken of in the losses and the adaptive gate: 'attention' logits per
-        head, their mean over heads ('attention_mean'), or 'token' products. What is shown is always per head
-        (`diagnosis`).
+      affinity: what heterogeneity's entropy is taken of in the losses and the gates of single tokens: 'attention'
+        logits per head, their mean over heads ('attention_mean'), 'token' products, or plain products of tokens
+        without a norm or a scale, at the first block before positions are added ('gram') or after ('gram_positions').
+        What is shown is always per head (`diagnosis`).
       measure: what L_e uses: 'entropy' or 'density'.
       scale_guard: divide attention logits by the (constant) standard deviation of the visible queries' own, so that
         smaller query and key weights alone do not raise the entropy.
@@ -51,14 +64,21 @@ class Settings:
       stop_previous: L_r's constant is the heterogeneity of the block before, so that it cannot be raised instead.
       margin: drop in heterogeneity that L_r asks of each block; at most 0.5 / (L - K).
       w_spa, w_e, w_r: weights of L_spa, L_e, L_r; 0 turns a term off.
-      spa_entropy: add to L_spa the entropy of a visible row renormalised over the visible keys.
-      warmup: share of the training over which the three weights grow linearly from 0.
-      decay_e: let the weight of L_e fall linearly to 0 at the end of training.
+      spa_form: what L_spa is of a visible query's row: 'mass', minus the log of what it keeps on visible keys;
+        'mass+visible_entropy', plus its entropy over the visible keys; 'row_entropy', its entropy over all keys;
+        'mass+row_entropy', both.
+      spa_depth: how L_spa's weight changes with depth: 'falling' to 0 in the last block, 'equal', or 'rising' from 0.
+      warmup: fraction of the training over which the three weights grow linearly from 0.
+      fade: the terms, of 'spa', 'e' and 'r', whose weights fall linearly to 0.
+      fade_until: fraction of the training at which they are 0.
     """
 
     recalibration: str = 'none'
     rows: str = 'visible'
     exclude_blocks: int = 0
+    exclude_above: float = 0.5
+    exclude_fraction: float = 0.5
+    open_until: float = 0.0
     initial_blocks: int = 0
     blocks: tuple[int, ...] = ()
     affinity: str = 'attention'
@@ -70,9 +90,11 @@ class Settings:
     w_spa: float = 0.0
     w_e: float = 0.0
     w_r: float = 0.0
-    spa_entropy: bool = False
+    spa_form: str = 'mass'
+    spa_depth: str = 'falling'
     warmup: float = 0.05
-    decay_e: bool = False
+    fade: tuple[str, ...] = ()
+    fade_until: float = 1.0
 
     def __post_init__(self):
         for field, value, allowed in (
@@ -80,6 +102,9 @@ class Settings:
             ('rows', self.rows, ROWS),
             ('affinity', self.affinity, AFFINITIES),
             ('measure', self.measure, MEASURES),
+            ('spa_form', self.spa_form, SPA_FORMS),
+            ('spa_depth', self.spa_depth, DEPTHS),
+            *(('fade', term, TERMS) for term in self.fade),
         ):
             if value not in allowed:
                 raise ValueError(f'mto.{field} is {value!r}; it must be one of {", ".join(allowed)}')
@@ -87,7 +112,12 @@ class Settings:
             if getattr(self, field) < 0:
                 raise ValueError(f'mto.{field} is {getattr(self, field)}; it must not be negative')
         if not 0 <= self.warmup < 1:
-            raise ValueError(f'mto.warmup is {self.warmup}; it must be a share of the training, in [0, 1)')
+            raise ValueError(f'mto.warmup is {self.warmup}; it must be a fraction of the training, in [0, 1)')
+        for field in ('exclude_above', 'exclude_fraction', 'open_until', 'fade_until'):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f'mto.{field} is {getattr(self, field)}; it must be in [0, 1]')
+        if not self.fade_until:
+            raise ValueError('mto.fade_until is 0; it must be above 0: for terms that are off set their weights to 0')
         for field in ('exclude_blocks', 'initial_blocks'):
             if getattr(self, field) < -1:
                 raise ValueError(f'mto.{field} is {getattr(self, field)}; it must be -1, 0 or a count')
@@ -144,11 +174,11 @@ class Settings:
         """
         excluded = depth if self.exclude_blocks == -1 else self.exclude_blocks or self.num_initial(depth)
         gate = gates(self.recalibration, depth, excluded)[block]
-        adaptive = self.recalibration == 'adaptive'
+        per_token = self.recalibration in PER_TOKEN
         read = block in self.loss_blocks(depth)
-        if not (read or watch or adaptive) and gate == 1.0:
+        if not (read or watch or per_token) and gate == 1.0:
             return None
-        return MaskedAttention(self, None if adaptive else float(gate), num_prefix, read, watch, implementation)
+        return MaskedAttention(self, None if per_token else float(gate), num_prefix, read, watch, implementation)
 
 
 def attends(
@@ -167,13 +197,31 @@ def attends(
 
 
 def gates(schedule: str, depth: int, excluded: int) -> np.ndarray:
-    """The weight g of masked keys per block, float (L,); ones for 'adaptive', whose gate depends on the data."""
+    """The weight g of masked keys per block, float (L,); ones where it depends on the data (`token_gates`)."""
     layers = np.arange(depth)
     if schedule == 'exclude':
         return (layers >= excluded).astype(float)
     if schedule == 'ramp':
         return layers / max(depth - 1, 1)
     return np.ones(depth)
+
+
+def token_gates(settings: Settings, het: jax.Array, masked: jax.Array) -> jax.Array:
+    """The weight g of each masked key by its own heterogeneity: float32 (B, N), anything where nothing is masked.
+
+    Of 'rank' the tokens that are as heterogeneous as one that is excluded are too.
+
+    Args:
+      settings: whose `recalibration` is one of PER_TOKEN.
+      het: float32 (B, N), as `heterogeneity` returns it per token.
+      masked: bool (B, N).
+    """
+    if settings.recalibration == 'adaptive':
+        return jnp.clip(1.0 - het, 0.0, 1.0)
+    if settings.recalibration == 'threshold':
+        return (het <= settings.exclude_above).astype(jnp.float32)
+    higher = (masked[:, None, :] & (het[:, None, :] > het[:, :, None])).sum(-1)
+    return (higher >= settings.exclude_fraction * masked.sum(-1, keepdims=True)).astype(jnp.float32)
 
 
 def recalibrate(logits: jax.Array, masked: jax.Array, gate: float | jax.Array, rows: str = 'visible') -> jax.Array:
@@ -251,17 +299,19 @@ def layer_norm(tokens: jax.Array) -> jax.Array:
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + LN_EPS)
 
 
-def token_affinity(tokens: jax.Array, stop_visible: jax.Array | None = None) -> jax.Array:
+def token_affinity(tokens: jax.Array, stop_visible: jax.Array | None = None, *, norm: bool = True) -> jax.Array:
     """<LN x_i, LN x_j> / sqrt(D), float32 (B, N, N), of tokens (B, N, D).
 
     Args:
       tokens: the tokens that enter a block.
       stop_visible: bool (B, N); the gradient of these tokens is stopped.
+      norm: without it <x_i, x_j>, the affinity in the code of the authors' neighbouring paper (arXiv 2404.08327).
     """
-    x = layer_norm(tokens)
+    x = layer_norm(tokens) if norm else tokens.astype(jnp.float32)
     if stop_visible is not None:
         x = jnp.where(stop_visible[..., None], jax.lax.stop_gradient(x), x)
-    return jnp.einsum('bid,bjd->bij', x, x, precision='highest') / math.sqrt(tokens.shape[-1])
+    products = jnp.einsum('bid,bjd->bij', x, x, precision='highest')
+    return products / math.sqrt(tokens.shape[-1]) if norm else products
 
 
 def heterogeneity(
@@ -318,7 +368,7 @@ def density(tokens: jax.Array, masked: jax.Array, *, stop_visible: bool = False)
     return (_mean_over(of_masked, masked) - _mean_over(of_visible, visible)).mean()
 
 
-def spatial_term(logits: jax.Array, masked: jax.Array, entropy: bool = False) -> jax.Array:
+def spatial_term(logits: jax.Array, masked: jax.Array, form: str = 'mass') -> jax.Array:
     """One block of L_spa: `mean_{i in V} [logsumexp_all(a_i) - logsumexp_V(a_i)]`, float32 scalar.
 
     It is minus the log of the attention mass that visible queries keep on visible keys.
@@ -326,18 +376,21 @@ def spatial_term(logits: jax.Array, masked: jax.Array, entropy: bool = False) ->
     Args:
       logits: (B, h, N, N) before recalibration.
       masked: bool (B, N).
-      entropy: add the entropy of the row renormalised over the visible keys.
+      form: one of SPA_FORMS, see `Settings`.
     """
     logits = logits.astype(jnp.float32)
-    visible = ~masked
-    row = jax.nn.logsumexp(logits, axis=-1) - _logsumexp(logits, visible)
-    if entropy:
-        row = row + _entropy(logits, visible)
+    visible, row = ~masked, 0.0
+    if form.startswith('mass'):
+        row = jax.nn.logsumexp(logits, axis=-1) - _logsumexp(logits, visible)
+    if form == 'mass+visible_entropy':
+        row += _entropy(logits, visible)
+    if form.endswith('row_entropy'):
+        row += _entropy(logits, jnp.ones_like(masked))
     return _mean_over(row, visible).mean()
 
 
 def fused_spatial_term(q: jax.Array, k: jax.Array, masked: jax.Array, implementation: str) -> jax.Array:
-    """`spatial_term` of queries and keys (B, N, h, d), without entropy, in a kernel that stores no logits.
+    """`spatial_term` of queries and keys (B, N, h, d), the mass alone, in a kernel that stores no logits.
 
     The kernel weighs two features instead of values: 1 for visible keys, and 1 for masked ones. The smaller of the two
     masses is the exact one: near 1 the dtype has few digits.
@@ -374,7 +427,7 @@ def diagnosis(
     Returns:
       Float32 scalars: 'het', heterogeneity of the attention, the mean over heads of each head's own; 'het_token', that
       of token products; 'het_visible', the same entropy as 'het' for visible queries; 'rho', the density measure;
-      'spa', this block's L_spa without entropy; 'mass', attention from visible queries to masked keys; 'mass_used',
+      'spa', this block's L_spa by mass alone; 'mass', attention from visible queries to masked keys; 'mass_used',
       the same after bias and recalibration.
     """
     logits = logits.astype(jnp.float32)
@@ -418,7 +471,7 @@ class MaskedAttention:
 
     Attributes:
       settings: MTO's.
-      gate: g of this block; None where it is adaptive.
+      gate: g of this block; None where each masked token has its own.
       num_prefix: P, the number of prefix tokens.
       read: whether the statistics that the losses need are returned.
       watch: whether `diagnosis` is returned instead.
@@ -438,7 +491,8 @@ class MaskedAttention:
         """Whether something is read that a kernel does not return."""
         s = self.settings
         entropy = self.gate is None or (self.read and bool(s.w_r or (s.w_e and s.measure == 'entropy')))
-        return self.watch or (entropy and s.affinity == 'attention') or (self.read and bool(s.w_spa) and s.spa_entropy)
+        rows = self.read and bool(s.w_spa) and s.spa_form != 'mass'
+        return self.watch or (entropy and s.affinity == 'attention') or rows
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, seen: attention.Conditioning
@@ -456,16 +510,21 @@ class MaskedAttention:
             return attention.logits(q, keys) if s.stop_keys else logits
 
         def entropy(per_token: bool = False):
-            if s.affinity == 'token':
+            if not s.affinity.startswith('attention'):
                 stop = ~patch_masked if s.stop_keys else None
-                return heterogeneity(token_affinity(patches, stop), patch_masked, per_token=per_token)
+                read = patches if s.affinity != 'gram_positions' else seen.inputs[:, self.num_prefix :]
+                products = token_affinity(read, stop, norm=s.affinity == 'token')
+                return heterogeneity(products, patch_masked, per_token=per_token)
             return heterogeneity(attention_affinity(), masked, scale_guard=s.scale_guard, per_token=per_token)
 
         gate = self.gate
         if gate is None:
             het = jax.lax.stop_gradient(entropy(per_token=True))
-            gate = jnp.pad(1.0 - het, ((0, 0), (masked.shape[1] - het.shape[1], 0)), constant_values=1.0)
-            gate = jnp.clip(gate, 0.0, 1.0)
+            het = jnp.pad(het, ((0, 0), (masked.shape[1] - het.shape[1], 0)))  # prefix tokens are never masked
+            gate = token_gates(s, het, masked)
+        if s.open_until:
+            progress = 1.0 if seen.progress is None else seen.progress
+            gate += (1.0 - gate) * jnp.minimum(1.0, progress / s.open_until)
         gated = not isinstance(gate, float) or gate != 1.0
         if chosen:
             shift = recalibrating_shift(masked, gate, s.rows) if gated else None
@@ -481,7 +540,7 @@ class MaskedAttention:
             if chosen:
                 stats['spa'] = fused_spatial_term(q, k, masked, chosen)
             else:
-                stats['spa'] = spatial_term(logits, masked, s.spa_entropy)
+                stats['spa'] = spatial_term(logits, masked, s.spa_form)
         if self.read and (s.w_r or (s.w_e and s.measure == 'entropy')):
             stats['het'] = entropy()
         if self.read and s.w_e and s.measure == 'density':
@@ -493,8 +552,9 @@ def weights(settings: Settings, progress: jax.Array | float) -> dict[str, jax.Ar
     """Weights of the three terms at `progress` in [0, 1] of the training."""
     progress = jnp.asarray(progress, jnp.float32)
     grown = jnp.minimum(1.0, progress / settings.warmup) if settings.warmup else jnp.ones_like(progress)
-    fade = 1.0 - progress if settings.decay_e else 1.0
-    return {'spa': settings.w_spa * grown, 'e': settings.w_e * grown * fade, 'r': settings.w_r * grown}
+    faded = jnp.maximum(0.0, 1.0 - progress / settings.fade_until)
+    each = zip(TERMS, (settings.w_spa, settings.w_e, settings.w_r), strict=True)
+    return {name: weight * grown * (faded if name in settings.fade else 1.0) for name, weight in each}
 
 
 def losses(settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], depth: int) -> dict[str, jax.Array]:
@@ -509,9 +569,9 @@ def losses(settings: Settings, stats: Mapping[int, Mapping[str, jax.Array]], dep
     read = sorted(stats)
     k = settings.num_initial(depth)
     if settings.w_spa:
-        # The weight falls linearly with depth and is 0 in the last block, whose visible rows feed no decoder loss.
-        fall = [1.0 - b / max(depth - 1, 1) for b in read]
-        terms['spa'] = jnp.mean(jnp.stack([w * stats[b]['spa'] for w, b in zip(fall, read, strict=True)]))
+        # By default it falls to 0 in the last block, whose visible rows feed no decoder loss.
+        weight = DEPTHS[settings.spa_depth]
+        terms['spa'] = jnp.mean(jnp.stack([weight(b, depth) * stats[b]['spa'] for b in read]))
     if settings.w_e:
         name = 'het' if settings.measure == 'entropy' else 'rho'
         terms['e'] = singularity_loss([stats[b][name] for b in read if b < k], settings.measure)

@@ -67,14 +67,17 @@ def np_density(tokens, masked):
     return np.mean(out)
 
 
-def np_spa(logits, masked, entropy):
+def np_spa(logits, masked, form='mass'):
     out = []
     for b in range(len(logits)):
         vis = np.flatnonzero(~masked[b])
         for head in logits[b]:
             for i in vis:
-                value = -np.log(softmax(head[i])[vis].sum())
-                out.append(value + (np_entropy(head[i, vis]) if entropy else 0.0))
+                mass = -np.log(softmax(head[i])[vis].sum())
+                over_visible, over_all = np_entropy(head[i, vis]), np_entropy(head[i])
+                forms = {'mass': mass, 'mass+visible_entropy': mass + over_visible}
+                forms |= {'row_entropy': over_all, 'mass+row_entropy': mass + over_all}
+                out.append(forms[form])
     return np.mean(out)
 
 
@@ -99,6 +102,26 @@ def test_heterogeneity_of_tokens(case):
     np.testing.assert_allclose(got, np_het(np_affinity(f64(tokens))[:, None], masked), rtol=tol)
 
 
+def test_heterogeneity_of_plain_products(case):
+    _, tokens, masked, tol = case
+    got = mto.heterogeneity(mto.token_affinity(tokens, norm=False), jnp.asarray(masked))
+    x = f64(tokens)
+    np.testing.assert_allclose(got, np_het((x @ np.swapaxes(x, 1, 2))[:, None], masked), rtol=tol)
+
+
+def test_plain_products_with_and_without_positions(rng):
+    """The two differ in which tokens the first block's heterogeneity is of."""
+    masked = jnp.asarray(np.arange(N)[None] > 5)
+    embedded, inputs = (jnp.asarray(rng.normal(size=(1, N, D)), jnp.float32) for _ in range(2))
+    seen = attention.Conditioning(masked=masked, tokens=embedded, inputs=inputs)
+    q = jnp.asarray(rng.normal(size=(1, N, H, 4)), jnp.float32)
+    for affinity, read in (('gram', embedded), ('gram_positions', inputs)):
+        _, stats = mto.Settings(w_e=1.0, affinity=affinity).attend(0, 4, 1)(q, q, q, seen)
+        x = f64(read)[:, 1:]
+        want = np_het((x @ np.swapaxes(x, 1, 2))[:, None], np.asarray(masked)[:, 1:])
+        np.testing.assert_allclose(stats['het'], want, rtol=2e-5)
+
+
 def test_heterogeneity_per_token(case):
     logits, _, masked, tol = case
     got = np.asarray(mto.heterogeneity(logits, jnp.asarray(masked), per_token=True))
@@ -114,11 +137,11 @@ def test_density(case):
     np.testing.assert_allclose(got, np_density(f64(tokens), masked), rtol=tol, atol=tol)
 
 
-@pytest.mark.parametrize('entropy', [False, True])
-def test_spatial_term(case, entropy):
+@pytest.mark.parametrize('form', mto.SPA_FORMS)
+def test_spatial_term(case, form):
     logits, _, masked, tol = case
-    got = mto.spatial_term(logits, jnp.asarray(masked), entropy)
-    np.testing.assert_allclose(got, np_spa(f64(logits), masked, entropy), rtol=tol)
+    got = mto.spatial_term(logits, jnp.asarray(masked), form)
+    np.testing.assert_allclose(got, np_spa(f64(logits), masked, form), rtol=tol)
 
 
 def test_masked_mass(case):
@@ -165,7 +188,9 @@ def test_by_hand_uniform_attention():
     logits = jnp.full((1, 2, 12, 12), 3.0)
     assert mto.heterogeneity(logits, masked) == pytest.approx(1.0, abs=1e-6)
     assert mto.spatial_term(logits, masked) == pytest.approx(math.log(12 / 4), abs=1e-6)
-    assert mto.spatial_term(logits, masked, entropy=True) == pytest.approx(math.log(12 / 4) + math.log(4), abs=1e-6)
+    assert mto.spatial_term(logits, masked, 'row_entropy') == pytest.approx(math.log(12), abs=1e-6)
+    both = mto.spatial_term(logits, masked, 'mass+visible_entropy')
+    assert both == pytest.approx(math.log(12 / 4) + math.log(4), abs=1e-6)
     assert mto.masked_mass(logits, masked) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -233,12 +258,63 @@ def test_singularity_loss_by_hand():
 
 
 def test_weights_warm_up_and_fade():
-    s = mto.Settings(w_spa=1.0, w_e=2.0, w_r=4.0, warmup=0.1, decay_e=True)
+    s = mto.Settings(w_spa=1.0, w_e=2.0, w_r=4.0, warmup=0.1, fade=('e',))
     assert {k: float(v) for k, v in mto.weights(s, 0.0).items()} == {'spa': 0, 'e': 0, 'r': 0}
     half = mto.weights(s, 0.05)
     assert half['spa'] == pytest.approx(0.5)
     assert half['e'] == pytest.approx(2 * 0.5 * 0.95)
     assert mto.weights(s, 1.0)['e'] == 0
+    s = dataclasses.replace(s, fade=('spa', 'r'), fade_until=0.5)
+    quarter = {k: float(v) for k, v in mto.weights(s, 0.25).items()}
+    assert quarter == pytest.approx({'spa': 0.5, 'e': 2.0, 'r': 2.0})
+    assert {k: float(v) for k, v in mto.weights(s, 0.8).items()} == {'spa': 0, 'e': 2, 'r': 0}
+
+
+def test_depth_of_the_spatial_term_by_hand():
+    """Values 1, 2, 4 in three blocks, weights 1 .5 0, 1 1 1, 0 .5 1."""
+    stats = {b: {'spa': jnp.float32(v)} for b, v in enumerate((1, 2, 4))}
+    for depth, want in (('falling', 2 / 3), ('equal', 7 / 3), ('rising', 5 / 3)):
+        s = mto.Settings(w_spa=1.0, spa_depth=depth)
+        assert mto.losses(s, stats, 3)['spa'] == pytest.approx(want)
+
+
+def test_gates_of_single_tokens_by_hand():
+    """Five masked tokens: of the two most heterogeneous ones of 'rank' 40%, and of 60% with a tie, which both go."""
+    masked = jnp.array([[False, True, True, True, True, True]])
+    het = jnp.array([[0.0, 0.9, 0.2, 0.5, 0.5, 0.7]])
+
+    def gates(**fields):
+        return np.asarray(mto.token_gates(mto.Settings(**fields), het, masked))[0, 1:]
+
+    np.testing.assert_allclose(gates(recalibration='adaptive'), [0.1, 0.8, 0.5, 0.5, 0.3], atol=1e-6)
+    np.testing.assert_array_equal(gates(recalibration='threshold', exclude_above=0.6), [0, 1, 1, 1, 0])
+    np.testing.assert_array_equal(gates(recalibration='rank', exclude_fraction=0.4), [0, 1, 1, 1, 0])
+    np.testing.assert_array_equal(gates(recalibration='rank', exclude_fraction=0.6), [0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(gates(recalibration='rank', exclude_fraction=0.0), [1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(gates(recalibration='rank', exclude_fraction=1.0), [0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize('recalibration', ['exclude', *mto.PER_TOKEN])
+def test_gates_open_with_training(recalibration, rng):
+    """g + (1 - g) * progress / open_until, then plain attention; an ended training has open gates."""
+    masked = jnp.asarray(np.arange(N)[None].repeat(B, 0) > 5)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, N, H, 4)), jnp.float32) for _ in range(3))
+    tokens = jnp.asarray(rng.normal(size=(B, N, D)), jnp.float32)
+    s = mto.Settings(recalibration=recalibration, affinity='attention', open_until=0.5)
+    logits = attention.logits(q, k)
+    gate = jnp.zeros((B, N))
+    if recalibration in mto.PER_TOKEN:
+        gate = mto.token_gates(s, mto.heterogeneity(logits, masked, per_token=True), masked)
+    for progress in (0.0, 0.2, 0.5, 0.9, None):
+        seen = attention.Conditioning(masked=masked, tokens=tokens, inputs=tokens)
+        seen = seen.replace(progress=None if progress is None else jnp.float32(progress))
+        out, _ = s.attend(0, 4, 1)(q, k, v, seen)
+        g = np.asarray(gate, np.float64)
+        g = g + (1 - g) * min(1.0, 2 * (1.0 if progress is None else progress))
+        p = np.exp(f64(logits))
+        p = np.where((~masked[:, :, None] & masked[:, None, :])[:, None], p * g[:, None, None, :], p)
+        want = np.einsum('bhqk,bkhd->bqhd', p / p.sum(-1, keepdims=True), f64(v))
+        np.testing.assert_allclose(f64(out), want, atol=1e-5)
 
 
 def test_gates_by_hand():
@@ -259,6 +335,13 @@ def test_gates_by_hand():
         ({'initial_blocks': -2}, 'mto.initial_blocks'),
         ({'exclude_blocks': 9}, 'mto.exclude_blocks'),
         ({'rows': 'x'}, 'mto.rows'),
+        ({'spa_form': 'x'}, 'mto.spa_form'),
+        ({'spa_depth': 'x'}, 'mto.spa_depth'),
+        ({'fade': ('e', 'x')}, 'mto.fade'),
+        ({'fade_until': 0.0}, 'mto.fade_until'),
+        ({'exclude_above': 1.5}, 'mto.exclude_above'),
+        ({'exclude_fraction': -0.5}, 'mto.exclude_fraction'),
+        ({'open_until': 2.0}, 'mto.open_until'),
         ({'initial_blocks': 9}, 'mto.initial_blocks'),
         ({'blocks': (0, 8)}, 'mto.blocks'),
         ({'w_r': 1.0, 'margin': 0.2}, 'mto.margin'),
@@ -280,7 +363,7 @@ def test_losses_read_only_named_blocks():
 
 def everything(settings, tokens, q, k, masked, block=1, depth=4):
     """Total of all three terms through the blocks' attention, as a function of tokens, queries and keys."""
-    stats, seen = {}, attention.Conditioning(masked=masked, tokens=tokens)
+    stats, seen = {}, attention.Conditioning(masked=masked, tokens=tokens, inputs=tokens)
     for i in range(depth):
         _, stats[i] = settings.attend(i, depth, 1)(q * (1 + i), k, k, seen)
     terms = mto.losses(settings, stats, depth)
@@ -289,10 +372,12 @@ def everything(settings, tokens, q, k, masked, block=1, depth=4):
 
 VARIANTS = [
     {'affinity': 'attention'},
-    {'affinity': 'attention_mean', 'spa_entropy': True},
+    {'affinity': 'attention_mean', 'spa_form': 'mass+visible_entropy'},
     {'affinity': 'token', 'stop_keys': True},
     {'affinity': 'attention', 'scale_guard': True, 'stop_keys': True},
     {'affinity': 'attention', 'measure': 'density', 'recalibration': 'adaptive'},
+    {'affinity': 'gram', 'spa_form': 'mass+row_entropy', 'spa_depth': 'rising', 'recalibration': 'rank'},
+    {'affinity': 'gram_positions', 'spa_form': 'row_entropy', 'recalibration': 'threshold', 'open_until': 0.5},
 ]
 
 
@@ -387,7 +472,8 @@ OPTIONS = [
     {'affinity': 'attention_mean'},
     {'affinity': 'token', 'stop_keys': True},
     {'affinity': 'attention', 'scale_guard': True, 'stop_keys': True},
-    {'spa_entropy': True, 'measure': 'density'},
+    {'spa_form': 'mass+visible_entropy', 'measure': 'density'},
+    {'affinity': 'gram_positions', 'spa_form': 'row_entropy', 'spa_depth': 'rising'},
     {'blocks': (0,), 'w_r': 0.0},
 ]
 
@@ -430,7 +516,7 @@ def test_what_is_shown_depends_on_no_setting(config, name, options, monkeypatch,
             'het_token': np_het(np_affinity(patches)[:, None], patch_masked),
             'het_visible': np_het(logits, masked, of=~masked),
             'rho': np_density(patches, patch_masked),
-            'spa': np_spa(logits, masked, entropy=False),
+            'spa': np_spa(logits, masked),
             'mass': np_mass(logits, masked),
             'mass_used': np_mass(logits + f64(bias), masked),
         }

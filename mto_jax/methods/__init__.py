@@ -167,8 +167,9 @@ class Method:
 class SingleModule(Method):
     """A method of one Linen module, `self.module`, without model state unless it adds some.
 
-    The module has `__call__(images, *, noise, train) -> Result` with random numbers from the streams 'mask' and
-    'dropout', `encode(images, depth, train)`, a submodule named `encoder`, and `to_pixels(result, images)`.
+    The module has `__call__(images, *, noise, train, progress=None) -> Result`, where progress is the fraction of the
+    training that is over, with random numbers from the streams 'mask' and 'dropout'; `encode(images, depth, train)`; a
+    submodule named `encoder`; and `to_pixels(result, images)`.
     """
 
     @property
@@ -181,8 +182,8 @@ class SingleModule(Method):
         return self.module.init(rngs, images, noise=None, train=False)['params'], {}
 
     def loss(self, params, model_state, views, key, clock, *, noise=None):
-        del model_state, clock
-        return self._apply(params, views['image'], key, noise, train=not self.watch)
+        del model_state
+        return self._apply(params, views['image'], key, noise, train=not self.watch, progress=clock.progress)
 
     def _apply(self, params, images, key, noise=None, train=False, **inputs) -> Result:
         rngs = dict(zip(('mask', 'dropout'), jax.random.split(key), strict=True))
@@ -300,7 +301,7 @@ def mto_settings(config, depth: int) -> mto.Settings | None:
     if not config.mto.enabled:
         return None
     fields: dict[str, Any] = {f.name: config.mto[f.name] for f in dataclasses.fields(mto.Settings)}
-    settings = mto.Settings(**fields | {'blocks': tuple(fields['blocks'])})
+    settings = mto.Settings(**fields | {name: tuple(fields[name]) for name in ('blocks', 'fade')})
     settings.validate(depth)
     return settings
 

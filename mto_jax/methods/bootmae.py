@@ -58,7 +58,7 @@ class BootMAE(methods.SingleModule):
     def loss(self, params, model_state, views, key, clock, *, noise=None):
         images = views['image']
         target = self.encode(model_state['teacher'], images, depth=self.arch.depth)[:, self.arch.num_prefix :]
-        result = self._apply(params, images, key, noise, train=not self.watch, target=target)
+        result = self._apply(params, images, key, noise, train=not self.watch, progress=clock.progress, target=target)
         warmup = self.feature_warmup * clock.total / clock.steps_per_epoch
         weight = self.feature_weight * jnp.minimum(1.0, (clock.epoch + 1) / warmup)
         return result.replace(weights={'features': weight}, logs={'feature_weight': weight})
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
     attends: tuple[Attend | None, ...] | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, memory: jax.Array, masks: masking.Masks, train: bool):
+    def __call__(self, x: jax.Array, memory: jax.Array, masks: masking.Masks, train: bool, progress: jax.Array | None):
         """x and memory (B, P + K, encoder width) to (B, N, D) after the norm, and the mask-bearing stack."""
         a = self.arch
         x = nn.Dense(a.width, dtype=a.dtype, kernel_init=a.weight_init, name='embed')(x)
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         positions = jnp.pad(position.sincos_2d(a.grid, a.width, rows_first=True), ((a.num_prefix, 0), (0, 0)))
         # Visible tokens have theirs from the encoder.
         x = embedded + jnp.where(masked[..., None], positions, 0).astype(a.dtype)
-        seen = Conditioning(masked=masked, tokens=embedded, memory=memory)
+        seen = Conditioning(masked=masked, tokens=embedded, progress=progress, memory=memory)
         out = vit.Transformer(a, self.attends, name='blocks')(x, seen, train=train)
         x = layer_norm('norm', a.norm_eps)(out.tokens[:, a.num_prefix :]).astype(a.dtype)
         return x, methods.Stack(masks.mask, patches, out.stats, a.depth)
@@ -120,7 +120,7 @@ class Bootstrapped(nn.Module):
         self.pixel_head = PixelHead(a)
         self.feature_head = nn.Dense(a.width, dtype=a.dtype, kernel_init=a.weight_init)
 
-    def __call__(self, images, *, noise, train, target=None):
+    def __call__(self, images, *, noise, train, progress=None, target=None):
         """See `methods.SingleModule`.
 
         Args:
@@ -132,8 +132,8 @@ class Bootstrapped(nn.Module):
             noise = masking.block_noise(self.make_rng('mask'), images.shape[0], a.num_patches)
         masks = masking.block_masking(noise, a.grid, m.blocks, m.mask_ratio)
         encoded = self.encoder(images, ids_keep=masks.ids_keep, train=train)
-        pixels, regressor = self.regressor(encoded.tokens, encoded.taps[0], masks, train)
-        features, predictor = self.predictor(encoded.tokens, encoded.taps[a.depth - 1], masks, train)
+        pixels, regressor = self.regressor(encoded.tokens, encoded.taps[0], masks, train, progress)
+        features, predictor = self.predictor(encoded.tokens, encoded.taps[a.depth - 1], masks, train, progress)
         predictions, features = self.pixel_head(pixels), self.feature_head(features)
         weights = patch_weights(masks.mask, a.grid) if m.weight_patches else 1.0
 

@@ -86,10 +86,9 @@ class ConMIM(methods.Method):
         return masking.unit_masking(noise, grid, unit, self.mask_ratio).mask
 
     def loss(self, params, model_state, views, key, clock, *, noise=None):
-        del clock
         mask_key, student_key, teacher_key = jax.random.split(key, 3)
         mask = self.masks(mask_key, len(views['image']), noise)
-        encoded, queries, student = self._embed(params, views['image'], student_key, mask)
+        encoded, queries, student = self._embed(params, views['image'], student_key, mask, clock.progress)
         _, keys, teacher = self._embed(model_state['teacher'], views['strong'], teacher_key)
         similarity = cosines(queries, keys)
         return methods.Result(
@@ -99,10 +98,11 @@ class ConMIM(methods.Method):
             statistics={'student': student, 'teacher': teacher},
         )
 
-    def _embed(self, params, images, key, mask=None) -> tuple[vit.Encoded, jax.Array, Any]:
+    def _embed(self, params, images, key, mask=None, progress=None) -> tuple[vit.Encoded, jax.Array, Any]:
         """What the encoder returns; what the projector makes of its patch tokens (B, N, K); and its statistics."""
         train, rngs = not self.watch, {'dropout': key}
-        encoded = self.encoder.apply({'params': params['encoder']}, images, mask=mask, train=train, rngs=rngs)
+        inputs = {'mask': mask, 'train': train, 'progress': progress}
+        encoded = self.encoder.apply({'params': params['encoder']}, images, **inputs, rngs=rngs)
         group = len(images) if self.watch else self.group
         projected, statistics = self.projector.apply({'params': params['projector']}, encoded.tokens, group)
         return encoded, projected[:, self.arch.num_prefix :], statistics

@@ -36,7 +36,7 @@ class Decoder(nn.Module):
     attends: tuple[Attend | None, ...] | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, masks: masking.Masks, outputs: int, train: bool):
+    def __call__(self, x: jax.Array, masks: masking.Masks, outputs: int, train: bool, progress: jax.Array | None):
         """x (B, P + K, encoder width) to predictions (B, N, outputs) and the mask-bearing stack."""
         a = self.arch
         x = nn.Dense(a.width, dtype=a.dtype, kernel_init=flat_xavier, name='embed')(x)
@@ -45,7 +45,8 @@ class Decoder(nn.Module):
         patches = masking.restore(visible, token, masks)
         embedded = jnp.concatenate([prefix, patches], axis=1)
         positions = jnp.pad(position.sincos_2d(a.grid, a.width), ((a.num_prefix, 0), (0, 0)))
-        seen = Conditioning(masked=vit.prefix_false(masks.mask, a.num_prefix), tokens=embedded)
+        masked = vit.prefix_false(masks.mask, a.num_prefix)
+        seen = Conditioning(masked=masked, tokens=embedded, progress=progress)
         out = vit.Transformer(a, self.attends, name='blocks')(embedded + positions.astype(a.dtype), seen, train=train)
         x = layer_norm('norm', a.norm_eps)(out.tokens).astype(a.dtype)
         x = nn.Dense(outputs, dtype=a.dtype, kernel_init=flat_xavier, name='pred')(x[:, a.num_prefix :])
@@ -62,7 +63,7 @@ class Autoencoder(nn.Module):
         self.encoder = vit.ViT(m.arch)
         self.decoder = Decoder(m.decoder, methods.attends(m, m.decoder))
 
-    def __call__(self, images, *, noise, train):
+    def __call__(self, images, *, noise, train, progress=None):
         """See `methods.SingleModule`. noise: float (B, N)."""
         m, a = self.method, self.method.arch
         if noise is None:
@@ -72,7 +73,7 @@ class Autoencoder(nn.Module):
         if m.norm_pix_loss:
             target = losses.normalize_patches(target)
         encoded = self.encoder(images, ids_keep=masks.ids_keep, train=train)
-        predictions, stack = self.decoder(encoded.tokens, masks, target.shape[-1], train)
+        predictions, stack = self.decoder(encoded.tokens, masks, target.shape[-1], train, progress)
         loss = losses.masked_mse(predictions, target, masks.mask)
         return methods.Result({'reconstruction': loss}, {'decoder': stack}, predictions=predictions, mask=masks.mask)
 

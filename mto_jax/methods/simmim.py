@@ -37,14 +37,14 @@ class MaskedEncoder(nn.Module):
         init = vit.torch_default_bias(a.width)
         self.head = nn.Dense(a.patch_size**2 * a.channels, dtype=a.dtype, kernel_init=init, bias_init=init)
 
-    def __call__(self, images, *, noise, train):
+    def __call__(self, images, *, noise, train, progress=None):
         """See `methods.SingleModule`. noise: float (B, units)."""
         m, a = self.method, self.method.arch
         if noise is None:
             units = (a.grid[0] // m.mask_unit) * (a.grid[1] // m.mask_unit)
             noise = jax.random.uniform(self.make_rng('mask'), (images.shape[0], units))
         mask = masking.unit_masking(noise, a.grid, m.mask_unit, m.mask_ratio).mask
-        encoded = self.encoder(images, mask=mask, train=train)
+        encoded = self.encoder(images, mask=mask, train=train, progress=progress)
         predictions = self.head(encoded.tokens[:, a.num_prefix :])
         loss = losses.masked_l1(predictions, losses.patchify(images.astype(jnp.float32), a.patch_size), mask)
         stack = methods.Stack(mask, encoded.embedded, encoded.stats, a.depth)

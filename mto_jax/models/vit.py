@@ -203,7 +203,7 @@ class Transformer(nn.Module):
             )
             x = parallel.constrain_batch(x)
             tokens = seen.tokens if i == 0 and seen.tokens is not None else x
-            x, read = block(x, seen.replace(tokens=tokens), train)
+            x, read = block(x, seen.replace(tokens=tokens, inputs=x), train)
             if read:
                 stats[i] = read
             if i in self.taps:
@@ -234,6 +234,7 @@ class ViT(nn.Module):
         mask: jax.Array | None = None,
         train: bool = False,
         depth: Depth = None,
+        progress: jax.Array | None = None,
     ) -> Encoded:
         """Encode images (B, H, W, C), normalised floats.
 
@@ -243,6 +244,7 @@ class ViT(nn.Module):
           train: apply drop path.
           depth: stop after this many blocks, without the final norm; None for all blocks and the norm; a tuple of such
             for the tokens of each in one pass.
+          progress: as in `Conditioning`.
 
         Raises:
           ValueError: where the images are not of the size the encoder was built for.
@@ -278,7 +280,7 @@ class ViT(nn.Module):
             shape = (position.num_relative_distances(a.grid), a.heads)
             table = self.param('relative_bias_table', nn.initializers.zeros, shape)
             bias = table[position.relative_index(a.grid, a.num_prefix)].transpose(2, 0, 1)
-        seen = Conditioning(bias=bias)
+        seen = Conditioning(bias=bias, progress=progress)
         if mask is not None:
             seen = seen.replace(masked=prefix_false(mask, a.num_prefix), tokens=prepend(cls, embedded))
         out = Transformer(a, self.attends, self.taps, name='blocks')(x, seen, train=train, depth=depth)
