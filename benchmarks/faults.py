@@ -1,14 +1,22 @@
-"""Kills a real training at random moments and damages its checkpoints; it must end bitwise like an undisturbed one.
+"""Kills a real training run at random moments, damages its checkpoints, and evaluates them while this goes on.
 
     python benchmarks/faults.py [--kills=32] [--seed=0] [--out=DIR]
 
-The training is `main.py` in a process of its own: a small MAE with MTO on the embedded images. SIGKILL comes at random
-steps; every third time it waits until a save is on its way (its unfinished folder is there). Between lives the newest
-checkpoint is damaged in each of five ways. After each life the training must resume at its newest whole checkpoint.
+The run is `main.py` in a process of its own: a small MAE with MTO on the bundled images. SIGKILL comes at random steps;
+every third time it waits until a save is on its way (its unfinished folder is there). Between two lives the newest
+checkpoint is damaged, once in each of five ways. After each life the run must resume at its newest intact checkpoint,
+and it must end bitwise equal to an undisturbed one.
+
+Next to it, kNN evaluations of the same workdir follow one another, each a process too. Each must end with the numbers
+that the undisturbed run has at that step, or with one line that says which checkpoint is missing or damaged.
+
 The last line counts what was done. docs/reliability.md has the figures.
 """
 
 import argparse
+import collections
+import contextlib
+import json
 import os
 import random
 import re
@@ -16,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -38,13 +47,16 @@ FIELDS = {
     'checkpoints.every': EVERY,
     'checkpoints.keep': 3,
 }
+EVALUATION = {'data.test_split': 'train[300:400]', 'eval.batch_size': 32, 'eval.knn_k': (20,), 'allow_cpu': True}
+EXPECTED = ('no checkpoint there', 'cannot be read', 'is damaged')  # one of these is in each error of an evaluation
+PAUSE = 5.0  # seconds between two evaluations
 DAMAGES = ('truncate', 'delete', 'flip', 'empty', 'metadata')
 
 
-def start(workdir: Path, epochs: int) -> subprocess.Popen:
-    fields = FIELDS | {'epochs': float(epochs)}
+def start(config: str, workdir: Path, fields: dict) -> subprocess.Popen:
+    """main.py in a process of its own, which writes `<workdir>.log`."""
     args = [f'--config.{k}={v}' for k, v in fields.items()]
-    command = [sys.executable, 'main.py', '--config=configs/quickstart.py', f'--workdir={workdir}', *args]
+    command = [sys.executable, 'main.py', f'--config=configs/{config}.py', f'--workdir={workdir}', *args]
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'xla')}
     env['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     log = (workdir.parent / f'{workdir.name}.log').open('w')
@@ -52,8 +64,69 @@ def start(workdir: Path, epochs: int) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
-def said(workdir: Path) -> str:
+def train(workdir: Path, epochs: int, **fields) -> subprocess.Popen:
+    return start('quickstart', workdir, FIELDS | {'epochs': float(epochs)} | fields)
+
+
+def read_log(workdir: Path) -> str:
     return (workdir.parent / f'{workdir.name}.log').read_text()
+
+
+def evaluate(checkpoint: Path, workdir: Path) -> tuple[dict | None, str]:
+    """A kNN evaluation in a process of its own.
+
+    Returns:
+      Its numbers with their step, or None where it ended with one line of an error; and its log, or that line.
+
+    Raises:
+      AssertionError: if it ended in any other way.
+    """
+    code = start('knn', workdir, {'checkpoint': checkpoint} | EVALUATION).wait()
+    log = read_log(workdir)
+    if code == 0:
+        return json.loads((workdir / 'knn.json').read_text()), log
+    assert (code, log.count('error: '), log.count('Traceback')) == (2, 1, 0), f'exit code {code}\n{log}'
+    return None, log[log.index('error: ') :].strip()
+
+
+class Evaluations(threading.Thread):
+    """Evaluations of one workdir, one after another, until `finish`.
+
+    Attributes:
+      found: the numbers of each that ended with numbers.
+      errors: the error line of each other one.
+    """
+
+    def __init__(self, run: Path, place: Path):
+        super().__init__(daemon=True)
+        self.run_dir, self.place, self.over = run, place, threading.Event()
+        self.found, self.errors, self.failure = [], [], None
+
+    def run(self):
+        number = 0
+        while not self.over.is_set():
+            number += 1
+            workdir = self.place / f'evaluation{number}'
+            try:
+                numbers, log = evaluate(self.run_dir, workdir)
+            except AssertionError as e:
+                self.failure = e
+                return
+            self.keep(numbers, log)
+            shutil.rmtree(workdir, ignore_errors=True)
+            self.over.wait(PAUSE)
+
+    def keep(self, numbers: dict | None, log: str) -> None:
+        if numbers:
+            self.found.append(numbers)
+        else:
+            self.errors.append(log)
+
+    def finish(self):
+        self.over.set()
+        self.join()
+        if self.failure:
+            raise self.failure
 
 
 def finished(workdir: Path) -> list[int]:
@@ -66,16 +139,18 @@ def saving(workdir: Path) -> str:
     return next((p.name for p in (workdir / 'checkpoints').glob('*orbax-checkpoint-tmp*')), '')
 
 
-def live(workdir: Path, epochs: int, until: int, in_save: bool, rng: random.Random, saved=0) -> tuple[str, str]:
+def run_until_killed(
+    workdir: Path, epochs: int, until: int, in_save: bool, rng: random.Random, saved=0
+) -> tuple[str, str]:
     """One life: kill it once it has reported step `until` and has `saved` checkpoints.
 
     Returns:
       What it said, and which save was cut ('': none).
     """
-    process = start(workdir, epochs)
+    process = train(workdir, epochs)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        steps = re.findall(r'^step (\d+)/', said(workdir), re.M)
+        steps = re.findall(r'^step (\d+)/', read_log(workdir), re.M)
         there = len(finished(workdir)) >= saved and (not in_save or saving(workdir))
         if steps and int(steps[-1]) >= until and there:
             break
@@ -84,7 +159,7 @@ def live(workdir: Path, epochs: int, until: int, in_save: bool, rng: random.Rand
         time.sleep(rng.uniform(0, 0.2))
     process.kill()
     process.wait()
-    return said(workdir), saving(workdir)
+    return read_log(workdir), saving(workdir)
 
 
 def damage(step: Path, way: str, rng: random.Random) -> str:
@@ -96,25 +171,23 @@ def damage(step: Path, way: str, rng: random.Random) -> str:
         for path in files:
             os.truncate(path, path.stat().st_size // 2)
         return 'every data file cut to half'
-    elif way == 'delete':
+    if way == 'delete':
         for path in files:
             path.unlink()
         return 'every data file removed'
-    elif way == 'flip':
+    if way == 'flip':
         content = bytearray(largest.read_bytes())
         position = rng.randrange(len(content))
         content[position] ^= 1 << rng.randrange(8)
         largest.write_bytes(content)
         return f'one bit of byte {position} of {len(content)} in {largest.relative_to(step)}'
-    elif way == 'empty':
+    if way == 'empty':
         shutil.rmtree(step)
         step.mkdir()
         return 'everything in it removed'
-    elif way == 'metadata':
-        for path in [*step.rglob('_METADATA'), *step.rglob('_CHECKPOINT_METADATA')]:
-            path.unlink()
-        return 'its metadata files removed'
-    return f'{largest.relative_to(step)}'
+    for path in [*step.rglob('_METADATA'), *step.rglob('_CHECKPOINT_METADATA')]:
+        path.unlink()
+    return 'its metadata files removed'
 
 
 def same(a: Path, b: Path, step: int) -> bool:
@@ -125,8 +198,29 @@ def same(a: Path, b: Path, step: int) -> bool:
     return sums[0] == sums[1]
 
 
+def compare(found: list[dict], whole: Path, place: Path) -> int:
+    """Evaluate the undisturbed run at each step that was evaluated, in this process; returns how many steps.
+
+    Raises:
+      AssertionError: where a number differs.
+    """
+    from configs import knn
+    from mto_jax import tasks
+
+    by_step = collections.defaultdict(list)
+    for numbers in found:
+        by_step[numbers['step']].append(numbers | {'checkpoint': ''})
+    for step, each in by_step.items():
+        config = knn.get_config()
+        config.update_from_flattened_dict(EVALUATION | {'checkpoint': str(whole / 'checkpoints' / str(step))})
+        with contextlib.redirect_stdout(None):
+            want = tasks.run(config, place / 'reference' / str(step)) | {'checkpoint': ''}
+        assert all(numbers == want for numbers in each), f'step {step}: {each}, undisturbed {want}'
+    return len(by_step)
+
+
 def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
-    """Disturb a training, and compare it with an undisturbed one.
+    """Disturb and evaluate a run, and compare it with an undisturbed one.
 
     Returns:
       Counts. Raises AssertionError where anything did not hold.
@@ -136,15 +230,16 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
     total = epochs * STEPS_PER_EPOCH
     place.mkdir(parents=True, exist_ok=True)
     whole, part = place / 'whole', place / 'part'
-    assert start(whole, epochs).wait() == 0, said(whole)
+    assert train(whole, epochs, **{'checkpoints.keep': total}).wait() == 0, read_log(whole)
     print(f'undisturbed: {total} steps', flush=True)
     counts = dict.fromkeys(('kills', 'in_a_save', 'damages', 'damages_noticed', 'flips_of_unused_bits'), 0)
     moments = sorted(rng.sample(range(2 * EVERY + 1, total - 2 * EVERY), kills))
     damages = dict(zip(sorted(rng.sample(range(kills // 2, kills), len(ways))), ways, strict=True))
-    expected = 0
+    evaluations, expected = Evaluations(part, place), 0
+    evaluations.start()
     for i, moment in enumerate(moments):
         # Before the newest checkpoint is damaged, one more must be there to go back to.
-        words, cut = live(part, epochs, moment, i % 3 == 0, rng, saved=2 if i in damages else 0)
+        words, cut = run_until_killed(part, epochs, moment, i % 3 == 0, rng, saved=2 if i in damages else 0)
         found = re.search(r'resuming at step (\d+)', words)
         resumed = int(found[1]) if found else 0
         assert resumed == expected, f'life {i}: resumed at {resumed}, expected {expected}\n{words}'
@@ -164,7 +259,11 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
             counts['damages'] += 1
             expected = steps[-2]
             print(f'  damaged step {steps[-1]}: {damages[i]}, {done}', flush=True)
-            words, _ = live(part, epochs, 0, False, rng)
+            # One that surely meets the damage; it may lie in what an evaluation does not read.
+            numbers, log = evaluate(part, place / f'evaluation_of_damage{i}')
+            evaluations.keep(numbers, log)
+            print(f'  evaluated: {numbers or log}', flush=True)
+            words, _ = run_until_killed(part, epochs, 0, False, rng)
             noticed = f'checkpoints/{steps[-1]}' in words and 'It is moved to' in words
             if not noticed and damages[i] == 'flip':
                 expected = steps[-1]  # the bit lies where no array is read from; the end of the run is still compared
@@ -178,8 +277,17 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
             print(f'  {"noticed" if noticed else "without effect"}, resumed at step {found[1]}', flush=True)
             steps = finished(part)
             expected = steps[-1]
-    assert start(part, epochs).wait() == 0, said(part)
+    assert train(part, epochs).wait() == 0, read_log(part)
+    evaluations.finish()
     assert same(whole, part, total), 'the disturbed run ended with other bits'
+    names = [{p.name.split('.tfevents')[0] for p in folder.iterdir()} - {'damaged'} for folder in (whole, part)]
+    assert names[0] == names[1], f'evaluations left {names[1] - names[0]} in the workdir'
+    for error in evaluations.errors:
+        assert any(words in error for words in EXPECTED), error
+    counts['evaluations'] = len(evaluations.found)
+    counts['evaluations_that_found_no_checkpoint'] = sum(EXPECTED[0] in e for e in evaluations.errors)
+    counts['evaluations_that_found_damage'] = len(evaluations.errors) - counts['evaluations_that_found_no_checkpoint']
+    counts['steps_evaluated'] = compare(evaluations.found, whole, place)
     return counts | {'steps': total, 'bitwise_equal': 1}
 
 
@@ -189,6 +297,9 @@ if __name__ == '__main__':
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path)
     flags = parser.parse_args()
+    if flags.kills < 2 * len(DAMAGES):
+        parser.error(f'--kills is {flags.kills}; the {len(DAMAGES)} damages need at least {2 * len(DAMAGES)}')
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    os.environ['JAX_PLATFORMS'] = 'cpu'
     with tempfile.TemporaryDirectory() as folder:
         print(run(flags.kills, flags.seed, flags.out or Path(folder)))

@@ -279,8 +279,12 @@ class Checkpointer:
 
         Raises:
           UserError: listing every path that is missing, superfluous, or of another shape or dtype.
+          Damaged: if the item says nothing of its tree.
         """
-        saved = _flat(self._manager.item_metadata(step)[item].tree)
+        metadata = self._manager.item_metadata(step)[item]
+        if metadata is None:
+            raise Damaged(f'the checkpoint {self.directory / str(step)} is damaged: the metadata of {item} are missing')
+        saved = _flat(metadata.tree)
         wanted = _flat(abstract)
         lines = [f'  {p}: not in the checkpoint' for p in wanted if p not in saved]
         lines += [f'  {p}: not in the model' for p in saved if p not in wanted]

@@ -73,6 +73,7 @@ def test_damage_is_reported_and_the_one_before_is_used(finished_run, tmp_path, c
     if way == 'flip' and '8 steps on 1 cpu device(s), all taken already' in out:
         return
     assert 'checkpoints/8 ' in out
+    assert ('the metadata of params are missing' in out) == (way == 'metadata')
     assert f'It is moved to {tmp_path}/run/damaged/8' in out
     assert 'resuming at step 6' in out
     assert (tmp_path / 'run' / 'damaged' / '8').is_dir()
@@ -317,3 +318,4 @@ def test_killed_and_damaged_it_ends_the_same(tmp_path):
     counts = faults.run(3, random.randrange(2**31), Path(tmp_path), ('flip', 'empty'))
     assert counts['kills'] == 5
     assert counts['damages_noticed'] + counts['flips_of_unused_bits'] == counts['damages'] == 2
+    assert counts['evaluations'] + counts['evaluations_that_found_damage'] >= 2
