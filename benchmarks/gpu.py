@@ -322,12 +322,12 @@ class Ours:
         }
 
     def config(self, name: str):
-        from configs import mae, mae_mto, simmim, simmim_mto
+        from configs import mae, presets, simmim
 
         method = self.job['method']
         config = described({'mae': mae, 'simmim': simmim}[method].get_config(f'vit_{self.job["size"]}'), self.job)
         if name.endswith('mto'):
-            config = {'mae': mae_mto, 'simmim': simmim_mto}[method].with_mto(config)
+            config = presets.with_mto(config, 'tuned')
         if "peer's model" in name:  # ViTForMaskedImageModeling: learned positions, no layer scale, no dropped paths
             m = config.model
             m.relative_bias, m.position, m.layer_scale, m.drop_path, m.qkv_bias = False, 'learned', 0.0, 0.0, 'qkv'

@@ -5,7 +5,7 @@
 `baseline` is what configs/quickstart.py has but for its epochs; each other variant changes one thing.
 """
 
-from configs import quickstart
+from configs import presets, quickstart
 from configs.study_simmim import mto, rate
 
 
@@ -19,7 +19,7 @@ def bootmae(c):
         'ratio 60%': {'mask_ratio': 0.6, 'bootmae': {'block_patches': 24}},
         'pixels alone': {'bootmae': {'feature_weight': 0.0}},
         'slower teacher': {'bootmae': {'ema_rates': (0.01, 0.002)}},
-        'mto': mto(recalibration='ramp', rows='all'),
+        'mto': mto(**presets.TUNED['bootmae']),
     }
     return c
 
@@ -33,7 +33,7 @@ def conmim(c):
         'temperature 20%': {'conmim': {'temperature': 0.2}},
         'relative positions': {'model': {'position': 'none'}},
         'faster teacher': {'conmim': {'momentum': 0.98}},
-        'mto': mto(w_spa=3.0),
+        'mto': mto(**presets.TUNED['conmim']),
     }
     return c
 

@@ -150,13 +150,14 @@ def test_the_choice(monkeypatch):
     assert choice(tokens=50) == choice(images=4) == ''
 
 
+@pytest.mark.parametrize('preset', ['full', 'tuned'])
 @pytest.mark.parametrize('config', [mae_mto, simmim_mto])
-def test_no_square_of_tokens_on_a_gpu(config, monkeypatch):
+def test_no_square_of_tokens_on_a_gpu(config, preset, monkeypatch):
     """The train step as it is lowered for a GPU holds cuDNN's calls, and no array of a pair of tokens per head."""
     monkeypatch.setattr(attention, '_has_cudnn', lambda: True)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91900)
-    c = shrink(config.get_config())
+    c = shrink(config.get_config(f'vit_b,{preset}'))
     c.model.dtype, c.model.patch_size, c.mae.decoder_width, c.batch_size = 'bfloat16', 2, 16, 4
     training = job.prepare(c, 130)
     state, batch, key = training.shapes, training.batch(4), jax.eval_shape(lambda: jax.random.key(0))

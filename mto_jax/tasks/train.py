@@ -137,7 +137,7 @@ def _announce(plan, state, start) -> None:
     config, job = plan.config, plan.job
     say(f'{plan.title}: {describe_params(state.params)}')
     say(
-        f'{plan.source.num_examples:,} images, batch {config.batch_size}, {job.per_epoch} steps an epoch, '
+        f'{plan.source.num_examples:,} images, batch {config.batch_size}, {job.per_epoch} steps per epoch, '
         f'{config.epochs:g} epochs = {job.total} steps on {plan.mesh.size} {jax.devices()[0].platform} device(s)'
         + (f', resuming at step {start}' if 0 < start < job.total else ', all taken already' * (start > 0))
     )

@@ -658,6 +658,16 @@ def test_the_flagship_is_what_it_says():
     assert isinstance(plain, ConfigDict)
     assert (plain.model.size, plain.epochs, flagship.epochs) == ('l', 800, 400)
     assert flagship.mto.enabled
+    assert (flagship.mto.recalibration, flagship.mto.w_spa, flagship.mto.w_e, flagship.mto.w_r) == (
+        'adaptive',
+        1,
+        0.1,
+        1,
+    )
+    tuned = mae_mto.get_config('vit_l,tuned')
+    assert (tuned.model.size, tuned.mto.recalibration, tuned.mto.w_r) == ('l', 'ramp', 0)
+    with pytest.raises(ValueError, match=r"'best'; it must be one of full, tuned"):
+        mae_mto.get_config('vit_l,best')
     with pytest.raises(ValueError, match='vit_xl'):
         mae.get_config('vit_xl')
 

@@ -1,0 +1,28 @@
+"""MTO's presets, which the configs named `<method>_mto` take after a comma: `configs/mae_mto.py:vit_b,tuned`.
+
+`full`, the default, is our interpretation of the paper with all four of its parts: selective recalibration of visible
+queries, L_spa, L_e and L_r. Its form and weights are this project's choice (docs/method.md). On small models and
+Fashion-MNIST no study so far shows it to be better or worse than the baseline by more than its interval.
+
+`tuned` is what those studies found best for a method (docs/results.md). They are too small to decide for ImageNet.
+"""
+
+FULL = {'recalibration': 'adaptive', 'w_spa': 1.0, 'w_e': 0.1, 'w_r': 1.0}
+DECODER = {'recalibration': 'ramp', 'rows': 'all'}  # tuned for MAE, taken over for BootMAE
+ENCODER = {'w_spa': 3.0}  # tuned for SimMIM, taken over for ConMIM
+TUNED = {'mae': DECODER, 'bootmae': DECODER, 'simmim': ENCODER, 'conmim': ENCODER}
+
+
+def with_mto(c, preset: str = 'full'):
+    """Turn MTO on with a preset of the config's method."""
+    presets = {'full': FULL, 'tuned': TUNED[c.method]}
+    if preset not in presets:
+        raise ValueError(f'unknown preset {preset!r}; it must be one of {", ".join(presets)}')
+    c.mto.update({'enabled': True} | presets[preset])
+    return c
+
+
+def of(argument: str, build):
+    """The config that `build(size)` gives, with MTO: of an argument such as 'vit_b' or 'vit_b,tuned'."""
+    size, _, preset = argument.partition(',')
+    return with_mto(build(size), preset or 'full')
