@@ -6,7 +6,7 @@
         --config.data.num_classes=150
 
 `data.mask` names the label maps: a feature of a TFDS data set, or of a folder the folder that mirrors it with PNGs.
-Logits are resized to the images' size and measured there; an evaluation image is resized to it as a whole.
+Logits are resized to the images' size and measured there; an evaluation image is resized to it without cropping.
 """
 
 from configs import base

@@ -49,7 +49,7 @@ def get_config(argument: str = 'vit_b'):
 
 
 def quickstart():
-    """Minutes on two cores, from a checkpoint of configs/quickstart.py: whole images, flips, mild regularisation."""
+    """Minutes on two cores, from a checkpoint of configs/quickstart.py: full images, flips, mild regularisation."""
     c = evaluated(base.evaluation('finetune'))
     c.batch_size, c.optim.min_lr = 128, 1e-6
     c.optim.base_lr, c.optim.layer_decay, c.optim.b2 = 2e-3, 0.75, 0.999

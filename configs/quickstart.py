@@ -33,7 +33,7 @@ def small(c):
 
 
 def evaluated(c):
-    """An evaluation that trains, from a checkpoint of this model: whole images, on a CPU."""
+    """An evaluation that trains, from a checkpoint of this model: full images, on a CPU."""
     c.data.crop, c.data.val_split = 'resize', 'train[90%:]'
     c.model.dtype, c.allow_cpu = 'float32', True
     c.epochs, c.optim.warmup_epochs, c.eval.every_epochs = 10.0, 1.0, 2.0

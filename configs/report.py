@@ -1,4 +1,4 @@
-"""One page about one or more trainings: numbers, curves, reconstructions, heterogeneity, config.
+"""One page about one or more runs: numbers, curves, reconstructions, heterogeneity, config.
 
     python main.py --config=configs/report.py --config.report.runs=runs/a,runs/b --workdir=runs/a_and_b
 

@@ -3,16 +3,16 @@
     python data/make_fashion_mnist.py --source=DIR --train=60000 --test=10000 --format=npz
     python -m mto_jax.studies --config=configs/study_simmim.py:explore
 
-Stages: `tune` (the baseline's own hyper-parameters, one factor at a time), `explore` (what of MTO helps), `refine` (the
-best of them on a second seed, and together) and `halve` (the best one tuned for half the epochs) are measured on 6,000
-of the training images, `confirm` on the test images. docs/results.md tells what came out.
+Stages: `tune` (the baseline's own hyper-parameters, one factor at a time), `explore` (parts of MTO), `refine`
+(the best of them on a second seed, and combined) and `halve` (the best one tuned for half the epochs) are measured on
+6,000 of the training images, `confirm` on the test images. docs/results.md has the results.
 """
 
 from configs import quickstart, simmim
 
 
 def for_study(c):
-    """Whole images in memory, batches of 64, one epoch of 54,000 (843 steps), probes that cost little beside it."""
+    """Full images in memory, batches of 64, one epoch of 54,000 (843 steps), probes that cost little in comparison."""
     c.data.data_dir = 'data/fashion_mnist.npz'
     c.data.train_split, c.data.val_split, c.data.test_split = 'train[:54000]', 'train[54000:]', 'test'
     c.batch_size, c.epochs, c.optim.warmup_epochs = 64, 1.0, 0.1
@@ -130,7 +130,7 @@ def explore(c):
 
 
 def refine(c):
-    """The best of `explore` and of `tune` on a second seed, and what the best make together."""
+    """The best of `explore` and of `tune` on a second seed, and combinations of the best."""
     c = explore(c)
     kept = ('baseline', 'exclude 2, all rows', 'r', 'e r, margin 5%', 'e r, e fades', 'spa strong')
     c.study.variants = {n: v for n, v in c.study.variants.items() if n in kept} | {

@@ -247,7 +247,7 @@ def load(
     if where.parent.name != checkpoint.NAME and not (where / checkpoint.NAME).is_dir():
         return _foreign(where, weights, size, hints)
     if hints:
-        raise UserError(f'{next(iter(hints))} is given, but {path} is a checkpoint, whose own config says what it is')
+        raise UserError(f'{next(iter(hints))} is given, but {path} is a checkpoint, whose own config specifies it')
 
     def read(reader, step):
         saved = reader.config(step)
@@ -287,7 +287,7 @@ def _classifier(reader, step, saved, weights, size) -> Model:
 
 def _foreign(path, weights, size, hints) -> Model:
     if weights != 'student':
-        raise UserError(f'weights is {weights!r}, but {path} is no checkpoint of a training: it has no teacher')
+        raise UserError(f'weights is {weights!r}, but {path} is not the checkpoint of a run and has no teacher')
     found = exchange.read(path, **hints)
     config = ConfigDict(found.config.to_dict())
     config.model.attention = _attention(config.model.attention)

@@ -52,7 +52,7 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
         except BrokenPipeError:
             # What Python flushes at its end must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            stop('the output was closed while the job ran, and it has ended; the same command resumes what was saved')
+            stop('the output was closed, so the job stopped; the same command resumes it')
 
     app.run(main, flags_parser=_parse)
 

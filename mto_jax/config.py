@@ -2,7 +2,7 @@
 
 A field that is not here is an error, on the command line too. Empty strings and zeros mean "chosen for you" where the
 comment says so. What fields must be to each other (heads that divide a width, a batch that splits over a mesh) is
-checked where they meet. Types are ml_collections' business.
+checked where they meet. ml_collections checks types.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ def one_of(*values) -> Rule:
     return lambda v: v in values, 'one of ' + ', '.join(repr(v) for v in values)
 
 
-def whole(low: int) -> Rule:
-    return lambda v: isinstance(v, int) and v >= low, f'a whole number of at least {low}'
+def integer(low: int) -> Rule:
+    return lambda v: isinstance(v, int) and v >= low, f'an integer of at least {low}'
 
 
 def each(rule: Rule, count: int = 0) -> Rule:
@@ -98,7 +98,7 @@ def shows(default, rule=None, **more) -> Field:
 
 PORTION = (lambda v: 0 < v <= 1, 'in (0, 1]')
 # More bits than these would not tell streams apart: jax's keys take 32.
-SEED = (lambda v: isinstance(v, int) and 0 <= v < 2**32, 'a whole number from 0 to 2**32 - 1')
+SEED = (lambda v: isinstance(v, int) and 0 <= v < 2**32, 'an integer from 0 to 2**32 - 1')
 UNIT = (lambda v: 0 <= v <= 1, 'in [0, 1], of pixels in [0, 1]: divide what is meant for 0 to 255 by 255')
 DEVIATION = (lambda v: 0 < v <= 1, UNIT[1].replace('[0, 1]', '(0, 1]', 1))
 PROBABILITY = (lambda v: 0 <= v <= 1, 'in [0, 1]')
@@ -144,7 +144,7 @@ FIELDS: dict[str, Field] = {
     'seed': shapes(0, SEED, trains=True),
     'workdir': shows('', own=True),  # '' for runs/<name of the config>; the same workdir resumes
     'checkpoint': shapes('', own=True),  # for an evaluation: a workdir (its newest step), or workdir/checkpoints/<step>
-    # a new workdir goes on from this run's whole state: its workdir, or its checkpoints/<step>
+    # a new workdir continues from this run's full state: its workdir, or its checkpoints/<step>
     'resume_from': shows('', trains=True),
     'init_from': shapes(''),  # a new workdir starts from this run's weights, at step 0: named the same way
     'resume_anyway': shows(False, trains=True),  # resume although fields differ from those the run started with
@@ -156,12 +156,12 @@ FIELDS: dict[str, Field] = {
     'data.val_split': shows('validation', trains=True),  # watched during development
     'data.test_split': shows('validation', replaces=True),  # reported by task=knn and task=linear
     # height, width; an evaluation at another size interpolates what the encoder learned per position
-    'data.image_size': shapes((224, 224), each(whole(1), 2), replaces=True),
+    'data.image_size': shapes((224, 224), each(integer(1), 2), replaces=True),
     'data.channels': shapes(3, at_least(1)),
     'data.num_classes': shapes(1000, at_least(1), replaces=True),
-    # resize: the whole image, no crop
+    # resize: the full image, no crop
     'data.crop': shapes('random_resized', one_of('random_resized', 'resize'), trains=True),
-    # share of the image a crop covers
+    # fraction of the image that a crop covers
     'data.crop_area': shapes((0.2, 1.0), ascending(PORTION), trains=True),
     'data.crop_aspect': shapes((3 / 4, 4 / 3), ascending(above(0)), trains=True),  # width over height
     # of training images: bicubic, bilinear; an evaluation is always bicubic
@@ -216,7 +216,7 @@ FIELDS: dict[str, Field] = {
     'bootmae.decoder_depth': shapes(2, at_least(1)),  # of both decoders
     'bootmae.decoder_width': shapes(512, at_least(1)),  # of the pixel decoder; the other is as wide as the encoder
     'bootmae.block_patches': shapes(120, at_least(1)),  # hidden in blocks; the rest of mask_ratio one by one
-    'bootmae.block_area': shapes((16, 60), ascending(whole(1))),  # of one block, in patches
+    'bootmae.block_area': shapes((16, 60), ascending(integer(1))),  # of one block, in patches
     'bootmae.block_aspect': shapes(0.3, PORTION),  # height over width: from this to its inverse
     'bootmae.norm_pix_loss': shapes(True),
     'bootmae.weight_patches': shapes(True),  # a hidden patch counts up to twice, the more of its neighbours are hidden
@@ -282,7 +282,7 @@ FIELDS: dict[str, Field] = {
     'profile_steps': shows((), none_or(ascending(at_least(1))), trains=True),
     'log_images': shows(6, at_least(1)),  # shown in pictures of reconstructions
     'checkpoints.every': shows(1000, at_least(0), trains=True),  # steps; 0: only the last, which is always saved
-    'checkpoints.keep': shows(2, at_least(1), trains=True),  # newest ones kept; the best is kept beside them
+    'checkpoints.keep': shows(2, at_least(1), trains=True),  # newest ones kept; the best is kept in addition
     # --- Probes of frozen features
     'eval.every_epochs': shows(0.0, at_least(0), own=True),  # kNN during pre-training on val_split; 0: never
     'eval.batch_size': shows(512, at_least(1), own=True),
@@ -293,16 +293,16 @@ FIELDS: dict[str, Field] = {
     'eval.weights': shows('student', one_of('student', 'teacher'), own=True),
     'eval.depth': shows(0, at_least(0), own=True),  # blocks to apply; 0 for all and the final norm
     # tasks knn, linear and probe: several such, of which the best is named; () for eval.depth alone
-    'eval.depths': shapes((), none_or_each(whole(0)), own=True),
-    'eval.knn_k': shows((1, 5, 10, 20), each(whole(1)), own=True),
+    'eval.depths': shapes((), none_or_each(integer(0)), own=True),
+    'eval.knn_k': shows((1, 5, 10, 20), each(integer(1)), own=True),
     'eval.knn_temperature': shows(0.07, above(0), own=True),
     # chosen on a held-out tenth of the training features, per class
     'eval.linear_l2': shows((1e-5, 1e-4, 1e-3, 1e-2), each(at_least(0)), own=True),
     'eval.linear_steps': shows(200, at_least(1), own=True),  # L-BFGS iterations
     # --- task=compare
-    'compare.seeds': shows((0,), each(SEED)),  # one pre-training without and one with MTO for each
+    'compare.seeds': shows((0,), each(SEED)),  # one pre-training with and one without MTO for each
     # --- task=report
-    'report.runs': shows(''),  # workdirs of trainings, commas between them
+    'report.runs': shows(''),  # workdirs of runs, separated by commas
     # --- task=finetune
     'classify.from_scratch': shapes(False, own=True),  # the checkpoint's architecture with fresh weights
     'classify.pool': shapes('fc_norm', one_of('fc_norm', 'mean', 'class'), own=True),
@@ -333,7 +333,7 @@ FIELDS: dict[str, Field] = {
     # where the probes are measured: val while choosing, test to confirm
     'study.split': shows('val', one_of('val', 'test')),
     'study.seeds_at_once': shows(1, at_least(1)),  # trained side by side in one dispatch
-    'study.index': shows(0),  # this machine's share of the grid: every count-th run from index on
+    'study.index': shows(0),  # this process runs every count-th run of the grid, starting at index
     'study.count': shows(1, at_least(1)),
 }
 

@@ -35,7 +35,7 @@ def _convert(source, to, target, part, teacher, key, **hints) -> str:
     files.require_new(to)
     is_run = runs.is_run(source)
     if is_run and not target:
-        raise UserError(f'{source} is a run here already; to convert it for others, give --target=huggingface or timm')
+        raise UserError(f'{source} is already a run of mto_jax; to export it, give --target=huggingface or timm')
     if is_run and (given := [name for name, value in hints.items() if value is not None]):
         raise UserError(f'--{given[0]} is for foreign files; {source} is a run, whose config says it')
     if is_run:

@@ -1,5 +1,5 @@
-"""The one error that a user can mend: `main.py` prints its message alone, without a traceback."""
+"""The one error that a user can fix: `main.py` prints its message only, without a traceback."""
 
 
 class UserError(Exception):
-    """Bad config, data, checkpoint or path: says what was got, what was expected and what to do."""
+    """Bad config, data, checkpoint or path: names the value given, what is expected and what to do."""

@@ -58,7 +58,7 @@ def random_masking(noise: jax.Array, mask_ratio: float) -> Masks:
 
     Args:
       noise: float (B, N), uniform noise.
-      mask_ratio: share of patches to hide, in (0, 1).
+      mask_ratio: fraction of patches to hide, in (0, 1).
     """
     return from_order(jnp.argsort(noise, axis=1), num_visible(noise.shape[1], mask_ratio))
 
@@ -67,10 +67,10 @@ def unit_masking(noise: jax.Array, grid: tuple[int, int], unit: int, mask_ratio:
     """Random masking of square units of `unit` x `unit` patches, as in SimMIM.
 
     Args:
-      noise: float (B, units), uniform noise, one value a unit in row-major order.
+      noise: float (B, units), uniform noise, one value per unit in row-major order.
       grid: patches per column and per row of the image; both divide by `unit`.
       unit: side of a unit in patches (SimMIM masks 32 pixels: 2 patches of 16).
-      mask_ratio: share of units to hide, in (0, 1); the count is rounded up.
+      mask_ratio: fraction of units to hide, in (0, 1); the count is rounded up.
     """
     h, w = grid[0] // unit, grid[1] // unit
     rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)

@@ -406,7 +406,7 @@ def fused_spatial_term(q: jax.Array, k: jax.Array, masked: jax.Array, implementa
 
 
 def masked_mass(logits: jax.Array, masked: jax.Array) -> jax.Array:
-    """Attention mass of visible queries on masked keys, divided by |M| / N: 1 means masked keys get an even share."""
+    """Attention mass of visible queries on masked keys, divided by |M| / N: 1 means uniform attention."""
     logits = logits.astype(jnp.float32)
     mass = jnp.exp(_logsumexp(logits, masked) - jax.nn.logsumexp(logits, axis=-1))
     return (_mean_over(mass, ~masked) / masked.mean(-1)).mean()

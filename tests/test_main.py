@@ -114,9 +114,7 @@ def test_output_that_is_closed(tmp_path):
         process.stdout.close()
         errors = process.stderr.read()
     assert process.returncode == 2
-    assert errors.splitlines() == [
-        'error: the output was closed while the job ran, and it has ended; the same command resumes what was saved'
-    ]
+    assert errors.splitlines() == ['error: the output was closed, so the job stopped; the same command resumes it']
 
 
 def test_another_directory_and_home(tmp_path):
@@ -133,7 +131,7 @@ def test_another_directory_and_home(tmp_path):
         assert out.returncode == 2, out.stderr
         return out.stderr
 
-    assert f"error: data.data_dir is 'data': no such folder, seen from {tmp_path};" in fails()
+    assert f"error: data.data_dir is 'data': no such folder, relative to {tmp_path};" in fails()
     assert f"data.data_dir is '{tmp_path}/x': no such folder" in fails('--config.data.data_dir=~/x')
     assert not (tmp_path / '~').exists()
 

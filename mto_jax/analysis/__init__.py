@@ -1,1 +1,1 @@
-"""Pictures of runs."""
+"""Figures and reports of runs."""

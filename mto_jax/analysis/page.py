@@ -53,7 +53,7 @@ COLOURS = ('#3f7fd0', '#e07b28', '#4a9e4a', '#c94f4f', '#8d6cc0', '#8a6a50', '#d
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """The whole page, with `title` as its heading. `parts`: HTML."""
+    """The full page, with `title` as its heading. `parts`: HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -101,14 +101,14 @@ def colours(count: int) -> list[str]:
     return [mpl.colors.to_hex(mpl.colormaps['turbo'](i / (count - 1))) for i in range(count)]
 
 
-def chart(draw: Callable[[Axes], None], title: str, text: str, across: str, up: str) -> str:
-    """What `draw` puts on the axes, under a caption; `across`, of whole numbers, and `up`: the axes, with units."""
+def chart(draw: Callable[[Axes], None], title: str, text: str, xlabel: str, ylabel: str) -> str:
+    """What `draw` puts on the axes, under a caption; `xlabel` (of an integer axis) and `ylabel` have units."""
     fig = Figure(figsize=(4.2, 2.5), layout='constrained')
     axis = fig.subplots()
     draw(axis)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.set_xlabel(across)
-    axis.set_ylabel(up)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
     out = io.BytesIO()
     with mpl.rc_context({'svg.fonttype': 'none', 'font.family': 'sans-serif'}):
         fig.savefig(out, format='svg', transparent=True, dpi=150, metadata={'Date': None, 'Creator': None})

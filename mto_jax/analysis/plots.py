@@ -15,7 +15,7 @@ BLOCK_TERMS = {
     'het': 'heterogeneity (attention entropy per head)',
     'het_token': 'heterogeneity (token entropy)',
     'rho': 'density of masked tokens (log, relative)',
-    'mass_used': 'visible-to-masked attention (1: even share)',
+    'mass_used': 'visible-to-masked attention (1: uniform)',
 }
 
 
@@ -48,7 +48,7 @@ def _panels(count: int, width: float, height: float):
 
 
 def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """One panel a logged term, one line a run. `runs`: {label: rows of `metrics.jsonl`}."""
+    """One panel per logged term, one line per run. `runs`: {label: rows of `metrics.jsonl`}."""
     skip = {'step', 'epoch', 'seconds_per_step'}
     names = []
     for rows in runs.values():
@@ -56,7 +56,7 @@ def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) 
             names += [n for n in row if n not in skip and '/' not in n and n not in names]
     if not names:
         return
-    # Losses first, then what was measured beside them, in a stable order.
+    # Losses first, then the other measurements, in a stable order.
     names.sort(key=lambda n: (not n.startswith(('loss', 'reconstruction', 'mto')), re.sub(r'\d+', _padded, n)))
     fig, axes = _panels(len(names), 3.6, 2.7)
     for axis, name in zip(axes, names, strict=True):
@@ -75,7 +75,7 @@ def curves(path: epath.Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) 
 
 
 def per_block(path: epath.Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Each diagnosed term over the blocks, one line a step, dark to light. Rows hold 'block/<term>/<index>'."""
+    """Each diagnosed term over the blocks, one line per step, dark to light. Rows hold 'block/<term>/<index>'."""
     found, titles = {}, block_terms(rows)
     for row in rows:
         for term in titles:

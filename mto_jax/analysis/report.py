@@ -1,4 +1,4 @@
-"""One page about one or several trainings: `report.html`, with everything in it; each training ends with its own.
+"""`report.html`: one self-contained page about one or several runs. Each run writes its own at the end.
 
 python main.py --config=configs/report.py --config.report.runs=runs/a,runs/b --workdir=runs/a_and_b
 """
@@ -23,7 +23,7 @@ from mto_jax.runtime.workdir import write
 
 
 def run(config, workdir: epath.Path) -> epath.Path:
-    """`config.task='report'`: one page of the workdirs that `config.report.runs` names, commas between them."""
+    """`config.task='report'`: one page of the workdirs in `config.report.runs`, separated by commas."""
     folders = [epath.Path(f.strip()) for f in config.report.runs.split(',') if f.strip()]
     if not folders:
         raise UserError("report.runs is ''; name one or more workdirs, --config.report.runs=runs/a,runs/b")
@@ -35,17 +35,17 @@ def finish(workdir: epath.Path, folders: Sequence[epath.Path], accuracies: Mappi
     try:
         write_report(workdir, folders, accuracies)
     except Exception as e:  # whatever it is, what was trained is saved and stands
-        say(f'no report.html was written, everything else is there: {type(e).__name__}: {e}')
+        say(f'report.html could not be written; everything else is saved: {type(e).__name__}: {e}')
 
 
 def write_report(workdir: epath.Path, folders: Sequence[epath.Path], accuracies: Mapping | None = None) -> epath.Path:
     """Write `<workdir>/report.html` about one or more runs; returns its path.
 
     Args:
-      accuracies: of probes on the test split, {label: one dict of shares a seed}, as `compare` measures them.
+      accuracies: of probes on the test split, {label: one dict of accuracies per seed}, as `compare` measures them.
 
     Raises:
-      UserError: if a folder holds no training, a file of it is damaged, or the page cannot be written.
+      UserError: if a folder holds no run, a file of it is damaged, or the page cannot be written.
     """
     folders = [epath.Path(f) for f in folders]
     text = _page(load(folders), accuracies or {})
@@ -68,10 +68,10 @@ def _page(runs, accuracies):
         'Reconstructions': _pictures(runs),
         'Heterogeneity': _heterogeneity(runs),
         'Config': _config(runs),
-        'Environment': _compared(runs, lambda r: r.about, 'code (its hash), versions and devices'),
+        'Environment': _compared(runs, lambda r: r.about, 'code hash, versions and devices'),
     }
     parts = [f'<h2>{title}</h2>{text}' for title, text in sections.items() if text]
-    title = ' | '.join(r.name for r in runs) if len(runs) < 5 else f'{len(runs)} trainings'
+    title = ' | '.join(r.name for r in runs) if len(runs) < 5 else f'{len(runs)} runs'
     return page.document(title, [f'<p>{html.escape(_headline(runs))}</p>', *parts])
 
 

@@ -23,7 +23,7 @@ MEASURED = {
     'matched': ('hidden patches whose own place is the likeliest', 'fraction'),
     'images_per_s': ('speed, averaged since the start or the last pause', 'images / s'),
     'mfu': ('speed, of the devices’ peak in matrix products', 'fraction'),
-    'data_wait': ('time in which the loop waited for the input pipeline', 'share of the time'),
+    'data_wait': ('time the loop waited for the input pipeline', 'fraction of the time'),
 }
 LOSSES = {
     'loss': 'all that is minimised, weighted',
@@ -56,7 +56,7 @@ class Run:
     def __init__(self, folder: epath.Path, name: str):
         self.name, self._path = name, folder / 'config.json'
         if not self._path.exists():
-            raise UserError(f'report: {folder} holds no training, for it has no config.json')
+            raise UserError(f'report: {folder} is not the workdir of a run: it has no config.json')
         self.config = flatten(read_json(self._path))
         self.rows = read_history(folder)
         if not self.rows:
@@ -68,7 +68,7 @@ class Run:
     def field(self, name: str) -> Any:
         """A config field; the default where the run is older than it."""
         if 'method' not in self.config:
-            raise UserError(f'report: {self._path} has no field method; it is not the config of a training')
+            raise UserError(f'report: {self._path} has no field method; it is not the config of a run')
         return self.config.get(name, FIELDS[name].default)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
@@ -89,7 +89,7 @@ class Run:
 
 
 def load(folders: Sequence[epath.Path]) -> list[Run]:
-    """The trainings in these workdirs.
+    """The runs in these workdirs.
 
     Raises:
       UserError: if a folder holds no training or a file of it is damaged.
@@ -112,7 +112,7 @@ def measured(runs: Sequence[Run]) -> list[str]:
 
 
 def losses(runs: Sequence[Run]) -> list[str]:
-    """Terms of the objective; what a method of one's own logs is one."""
+    """Terms of the objective; so is everything that a custom method logs."""
     others = measured(runs)
     names = [n for n in terms(runs) if n not in others and not n.startswith('val_')]
     return sorted(names, key=lambda n: [*LOSSES].index(n) if n in LOSSES else len(LOSSES))

@@ -1,4 +1,4 @@
-"""Decode a whole data set once and list what cannot be: `python main.py --config=configs/mae_mto.py --check`."""
+"""Decode a full data set once and list the images that fail: `python main.py --config=configs/mae_mto.py --check`."""
 
 import time
 
@@ -12,7 +12,7 @@ from mto_jax.runtime.workdir import write
 
 
 def run(config, workdir: epath.Path) -> list[str]:
-    """Check the training, validation and test split; writes `<workdir>/unreadable.txt`, a line an image.
+    """Check the training, validation and test split; writes `<workdir>/unreadable.txt`, one line per image.
 
     Raises:
       UserError: at the end, if there is such an image and `data.on_error` is 'raise'; for data that are missing.

@@ -1,11 +1,11 @@
-"""A plain folder of images as a data set: `data.name='folder'`, and in `data.data_dir` one folder a split.
+"""A plain folder of images as a data set: `data.name='folder'`, and in `data.data_dir` one folder per split.
 
 data_dir/train/<class>/any/depth.jpg    labels are the classes' places among those of all splits, sorted
 data_dir/train/any.jpg                  no labels
 
 With `data.mask`, another folder has a label map for each image: <data.mask>/train/<class>/any/depth.png
 
-Links are followed; hidden files and folders (.ipynb_checkpoints) are not there.
+Links are followed; hidden files and folders (.ipynb_checkpoints) are ignored.
 """
 
 import collections
@@ -110,8 +110,8 @@ def open_folder(root: str, split: str, masks: str = '') -> Folder:
         )
     if (labels == -1).any() and (labels >= 0).any():
         raise UserError(
-            f'data: {root}/{name} has images both beside and inside class folders, like '
-            f'{printable(paths[labels == -1][0])}; put all into class folders, or none'
+            f'data: {root}/{name} has images both next to and inside class folders, such as '
+            f'{printable(paths[labels == -1][0])}; put all of them into class folders, or none'
         )
     _announce(root, name)
     maps = _masks(root, paths[chosen], masks) if masks else None
@@ -152,7 +152,7 @@ def _listing(root: str) -> dict[str, _Split]:
     """What there is of each split. Listed once a process: a large folder takes a while."""
     if not tf.io.gfile.isdir(root):
         raise UserError(
-            f"data.data_dir is {root!r}: no such folder; with data.name='folder' it holds one folder a split"
+            f"data.data_dir is {root!r}: no such folder; with data.name='folder' it holds one folder per split"
         )
     root = root.rstrip('/')
     images: dict[str, list[tuple[str, str]]] = {}

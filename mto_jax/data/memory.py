@@ -1,4 +1,4 @@
-"""Small data sets as whole arrays: for training that never leaves the device."""
+"""Small data sets as arrays, for training that never leaves the device."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f'data: the images are {images.dtype} {images.shape[1:]}, the config says uint8 {wanted}')
     if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
         raise UserError(
-            f'data: {name}_label of {data.data_dir} is {labels.dtype} {labels.shape}; it must be whole numbers, one '
+            f'data: {name}_label of {data.data_dir} is {labels.dtype} {labels.shape}; it must be integers, one '
             f'for each of the {len(images)} images'
         )
     return images[part], labels[part].astype(np.int32)

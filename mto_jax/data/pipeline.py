@@ -37,7 +37,7 @@ UNREADABLE = (
 def crop_window(height, width, seed, area, aspect) -> tf.Tensor:
     """A random window (y, x, h, w), int32 (4,), with torchvision's RandomResizedCrop rule.
 
-    Ten tries draw the window's share of the image uniformly from `area` and the logarithm of width over height
+    Ten attempts draw the window's fraction of the image uniformly from `area` and the logarithm of width over height
     uniformly from `aspect`; the first that fits counts, else the largest central window within `aspect`.
     """
     h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
@@ -227,7 +227,7 @@ def train_batches(
         return {'image': image, 'label': tf.cast(example['label'], tf.int32)} | mask
 
     def rows(step):
-        # The positions of this process's examples in the whole training, from which their random numbers come.
+        # Positions of this process's examples in the full run, from which their random numbers come.
         return step * batch_size + part.rows
 
     def chosen(step, end):
@@ -349,7 +349,7 @@ def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, i
             if not problem_of(prepare, tf.constant(position, tf.int64), example):
                 break
         else:
-            raise UserError(f'data: not one image can be decoded; {name}: {problem}')
+            raise UserError(f'data: no image can be decoded; {name}: {problem}')
         out[row] = other
         print(f'data: replaced {name}: {problem}', file=sys.stderr, flush=True)
     if not out:

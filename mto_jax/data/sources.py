@@ -50,7 +50,7 @@ class Source(Protocol):
     random_access: bool
 
     def order(self, part: Part) -> str:
-        """What the order of examples depends on beside the seed, in words for a checkpoint."""
+        """What the order of examples depends on besides the seed, as text for a checkpoint."""
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
         """Examples at the given positions, one array of them at a time. Random access only."""
@@ -86,7 +86,7 @@ class Tfds:
             return f'{self.builder.name} has no feature "label"; it has {", ".join(features)}'
         kind = features['label']
         if isinstance(kind, tfds.features.Text) or kind.shape != () or not np.issubdtype(kind.np_dtype, np.integer):
-            return f'the feature "label" of {self.builder.name} is {kind!r}; it must be one whole number an image'
+            return f'the feature "label" of {self.builder.name} is {kind!r}; it must be one integer per image'
         return ''
 
     @property
@@ -246,8 +246,8 @@ def _open_tfds(data, split: str) -> Tfds:
 def _builder(data) -> tfds.core.DatasetBuilder:
     if data.data_dir and '://' not in data.data_dir and not Path(data.data_dir).expanduser().is_dir():
         raise UserError(
-            f'data.data_dir is {data.data_dir!r}: no such folder, seen from {Path.cwd()}; start in the folder that it '
-            'is relative to, or give the whole path'
+            f'data.data_dir is {data.data_dir!r}: no such folder, relative to {Path.cwd()}; run from the folder '
+            'that it is relative to, or give the absolute path'
         )
     if not data.name:
         if not (Path(data.data_dir) / 'dataset_info.json').exists() and '://' not in data.data_dir:

@@ -1,4 +1,4 @@
-"""Frozen features of whole images."""
+"""Frozen features of full images."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +24,7 @@ JOINED = 64  # at once: of a thousand arrays, XLA compiles for half a minute
 
 @flax.struct.dataclass
 class Bank:
-    """Features of whole images, in S batches of B rows; each lies on the device that encoded it.
+    """Features of full images, in S batches of B rows; each lies on the device that encoded it.
 
     Attributes:
       x: float32 (S, B, D), split along B, as the other two.

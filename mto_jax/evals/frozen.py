@@ -15,7 +15,7 @@ PROBES = ('knn', 'linear')
 def accuracies(
     train: Bank, test: Bank, config, num_classes: int, mesh: Mesh, probes: Sequence[str] = PROBES
 ) -> dict[str, float]:
-    """{'knn_<k>': share right, ..., 'linear': share right, 'linear_l2': the penalty chosen}.
+    """{'knn_<k>': accuracy, ..., 'linear': accuracy, 'linear_l2': the penalty chosen}.
 
     Args:
       train, test: what the probes learn from, and what they are measured by.

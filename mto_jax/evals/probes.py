@@ -10,7 +10,7 @@ from mto_jax.runtime import parallel
 
 
 def probe(encode: Callable, params, config, mesh, split: str, probes=frozen.PROBES) -> dict[str, float]:
-    """Accuracies on `split` of probes that learn from the training split: {'knn_<k>': share, 'linear': share}."""
+    """Accuracies on `split` of probes that learn from the training split: {'knn_<k>': accuracy, 'linear': accuracy}."""
     c, data = config.eval, config.data
     part = eval_part(c.batch_size, mesh)
 

@@ -100,7 +100,7 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
     except Exception as e:  # whatever a reader makes of a damaged file
-        raise UserError(f'{path} is no intact safetensors file ({_first_line(e)})') from None
+        raise UserError(f'{path} is not an intact safetensors file ({_first_line(e)})') from None
 
 
 def _pickled(path: Path, key: str) -> dict[str, np.ndarray]:
@@ -115,9 +115,9 @@ def _pickled(path: Path, key: str) -> dict[str, np.ndarray]:
             found = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         why = str(e).partition('WeightsUnpickler error:')[2].strip().partition('\n')[0] or type(e).__name__
-        raise UserError(f'{path} holds more than weights and is refused, nothing in it was run ({why[:200]})') from None
+        raise UserError(f'{path} holds more than weights and is refused; nothing in it was run ({why[:200]})') from None
     except Exception as e:  # whatever a reader makes of a damaged file
-        raise UserError(f'{path} is no intact PyTorch file ({_first_line(e)})') from None
+        raise UserError(f'{path} is not an intact PyTorch file ({_first_line(e)})') from None
     if key or isinstance(found, Mapping):
         entries = found if isinstance(found, Mapping) else {}
         if key and not isinstance(entries.get(key), Mapping):
@@ -127,7 +127,7 @@ def _pickled(path: Path, key: str) -> dict[str, np.ndarray]:
     if not isinstance(found, Mapping) or not found:
         raise UserError(f'{path} holds a {type(found).__name__}, expected named weights')
     if wrong := [str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)]:
-        raise UserError(f'{path} holds other things than arrays among the weights: {", ".join(wrong[:5])}')
+        raise UserError(f'{path} holds entries that are not arrays: {", ".join(wrong[:5])}')
     return {str(n): (v.float() if v.dtype == torch.bfloat16 else v).detach().numpy() for n, v in found.items()}
 
 

@@ -146,7 +146,7 @@ def _kind(arrays, config, given):
     if found is None:
         first = ', '.join(sorted(arrays)[:3]) or 'none'
         raise UserError(
-            f'these are the weights of no family that is known here ({", ".join(tables.TABLES)}); the first of '
+            f'the weights belong to no known family ({", ".join(tables.TABLES)}); the first of '
             f'{len(arrays)} names: {first}'
         )
     if given and given != found and (given, found) not in (('timm_vit', 'mae'),):
@@ -183,7 +183,7 @@ def _usable(arrays, kind):
     foreign = {w: n for p, w in FOREIGN.items() for n in arrays if re.fullmatch(p, n)}
     if foreign:
         raise UserError(
-            'the model has what models here have not: ' + ', '.join(f'{w} ({n})' for w, n in foreign.items())
+            'the model has features that are not supported here: ' + ', '.join(f'{w} ({n})' for w, n in foreign.items())
         )
     unused = {
         name: words

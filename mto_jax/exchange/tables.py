@@ -121,7 +121,7 @@ def biases(ours: str, has: str, theirs: Mapping[str, str]) -> Row:
     """
     held = ''.join(theirs)
     if lost := set(has) - set(held):
-        raise UserError(f'{ours} has biases of {has}; there is no place there for that of {"".join(lost)}')
+        raise UserError(f'{ours} has biases of {has}; it has no place for that of {"".join(lost)}')
 
     def out(*ours):
         flat = dict(zip(has, (bias.reshape(-1) for bias in ours), strict=True))

@@ -222,7 +222,7 @@ def build(config) -> Method:
             raise
         raise UserError(
             f'method is {name!r}: no module {module_name}; use mae, simmim, bootmae, conmim, encoder, or a module '
-            'of your own beside main.py or in a folder of PYTHONPATH'
+            'of your own next to main.py or on PYTHONPATH'
         ) from None
     if not hasattr(module, 'build'):
         raise UserError(f'method is {name!r}: the module {module_name} has no build(config)')
@@ -270,7 +270,7 @@ def check_units(grid: tuple[int, int], field: str, unit: int, mask_ratio: float)
     units, masked = grid[0] * grid[1] // unit**2, masking.num_masked_units(grid, unit, mask_ratio)
     most = units - (2 if unit == 1 else 1)  # MTO's statistics need two visible patches
     if not 1 <= masked <= most:
-        raise ValueError(f'mask_ratio is {mask_ratio}: {masked} of {units} units are hidden; 1 to {most} must')
+        raise ValueError(f'mask_ratio is {mask_ratio}: {masked} of {units} units are hidden; it must be 1 to {most}')
 
 
 def check_visible(config, arch: vit.Architecture) -> int:
@@ -280,12 +280,12 @@ def check_visible(config, arch: vit.Architecture) -> int:
       ValueError: if it is all of them, or fewer than the two that MTO's statistics need.
     """
     if arch.relative_bias:
-        raise ValueError('model.relative_bias is True; it must be False for an encoder that sees a part of the patches')
+        raise ValueError('model.relative_bias is True; it must be False for an encoder that sees only visible patches')
     keep = masking.num_visible(arch.num_patches, config.mask_ratio)
     if not 2 <= keep < arch.num_patches:
         raise ValueError(
             f'mask_ratio is {config.mask_ratio}: of {arch.num_patches} patches {keep} stay visible; '
-            f'2 to {arch.num_patches - 1} must'
+            f'it must be 2 to {arch.num_patches - 1}'
         )
     return keep
 

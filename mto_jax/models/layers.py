@@ -94,7 +94,7 @@ class BatchNorm(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop the whole residual branch of an image with probability `rate`; the others are divided by 1 - rate."""
+    """Drop the full residual branch of an image with probability `rate`; the others are divided by 1 - rate."""
 
     rate: float
 

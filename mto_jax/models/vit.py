@@ -30,7 +30,7 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Everything that shapes an encoder, as plain values.
+    """Static hyper-parameters of an encoder.
 
     Attributes:
       image_size: (height, width) in pixels; both divide by patch_size.
@@ -38,7 +38,7 @@ class Architecture:
       patch_size: side of a patch in pixels.
       depth, width, heads: of the stack.
       mlp_ratio: hidden over model width.
-      head_width: features per head; 0 for width / heads, which must then be a whole number.
+      head_width: features per head; 0 for width / heads, which must then be an integer.
       position: 'sincos' (fixed, columns first), 'sincos_rows' (fixed, rows first), 'learned', or 'none'.
       relative_bias: add one relative-position bias table, shared by all blocks.
       class_token: prepend a class token.

@@ -1,1 +1,1 @@
-"""Processes, devices, folders: what a run needs of its machine."""
+"""Processes, devices and folders: the interface to the machine."""

@@ -1,4 +1,4 @@
-"""What helps XLA on a CPU."""
+"""malloc settings for XLA on a CPU."""
 
 import ctypes
 import platform

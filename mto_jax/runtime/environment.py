@@ -1,4 +1,4 @@
-"""What a run depends on beside its config: the code, the package versions, and the devices."""
+"""What a run depends on besides its config: the code, the package versions, and the devices."""
 
 import hashlib
 import importlib.metadata

@@ -1,6 +1,6 @@
 """Several hosts: finding each other before any backend call, and agreeing on what they run.
 
-Each host runs the same command. They are found from the environment (a TPU slice, SLURM) or told by `config.hosts`. A
+Each host runs the same command. They are found from the environment (a TPU slice, SLURM) or given by `config.hosts`. A
 roll call at the coordinator's address makes a missing host an error that names it, where jax alone would abort.
 """
 
@@ -90,7 +90,7 @@ def _metadata(key: str) -> str:
             return r.read().decode()
     except OSError as e:
         raise UserError(
-            f"hosts.coordinator is 'auto' and this machine has a TPU, but its metadata server does not tell {key} "
+            f"hosts.coordinator is 'auto' and this machine has a TPU, but its metadata server does not provide {key} "
             f"({e}); give hosts.coordinator, hosts.count and hosts.index, or hosts.coordinator='' for one host"
         ) from None
 
@@ -212,7 +212,7 @@ def agree(about: Mapping[str, Any]) -> None:
 
 
 def differing(abouts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """One line a field that is not the same everywhere."""
+    """One line per field that is not the same everywhere."""
     lines = []
     for key in sorted({k for a in abouts for k in a}):
         first = abouts[0].get(key)

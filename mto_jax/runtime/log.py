@@ -69,7 +69,7 @@ def read_history(workdir: epath.Path) -> list[dict[str, float]]:
                 raise ValueError
         except (ValueError, TypeError, KeyError):
             shown = line[:60].decode(errors='replace')
-            raise UserError(f'{path} is damaged in line {number}: {shown!r}; delete that line to go on') from None
+            raise UserError(f'{path} is damaged in line {number}: {shown!r}; delete that line to continue') from None
         rows.append(row)
     return rows
 

@@ -97,7 +97,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def shardings(tree: Any, mesh: Mesh, tensor_axes: Axes = ()) -> Any:
-    """A NamedSharding for each leaf (anything with a shape) of parameters, optimizer state or a whole training state.
+    """A NamedSharding for each leaf (anything with a shape) of parameters, optimizer state or a full training state.
 
     A parameter's moments, averages and copies in a teacher lie as it does: their paths end as its path does.
 

@@ -1,4 +1,4 @@
-"""Being told to end: SIGTERM, which clouds and schedulers send some seconds before they take a machine."""
+"""Handling SIGTERM, which clouds and schedulers send some seconds before they take a machine."""
 
 import contextlib
 import signal

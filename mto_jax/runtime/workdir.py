@@ -109,7 +109,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
             raise ValueError('not a JSON object')
         return found
     except ValueError as e:
-        raise UserError(f'{path} is damaged ({e}); restore it, or delete it to go on with what is given now') from None
+        raise UserError(f'{path} is damaged ({e}); restore it, or delete it to use the current values') from None
 
 
 def completed(saved: Mapping[str, Any]) -> ConfigDict:

@@ -1,1 +1,1 @@
-"""Many short trainings, compared."""
+"""Many short runs, compared."""

@@ -1,4 +1,4 @@
-"""Plain fine-tuning on a share of the labels, in memory: AdamW with layer decay, flips, nothing else."""
+"""Plain fine-tuning on a fraction of the labels, in memory: AdamW with layer decay, flips, nothing else."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from mto_jax.training.loop import fit
 
 
 def subset(num_examples: int, share: float, seed: int) -> np.ndarray:
-    """Positions of the labelled examples: a random share of them, int64, ascending."""
+    """Positions of the labelled examples: a random fraction of them, int64, ascending."""
     count = max(1, round(share * num_examples))
     return order.subset(num_examples, count, seed)
 

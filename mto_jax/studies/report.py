@@ -1,6 +1,6 @@
 """Tables and pictures of studies: `python -m mto_jax.studies.report docs/results`.
 
-Every `<name>.csv` of the folder, as `mto_jax.studies` writes it, becomes `<name>.md` and `<name>.png` beside it. Only
+Every `<name>.csv` of the folder, as `mto_jax.studies` writes it, becomes `<name>.md` and `<name>.png` next to it. Only
 seeds that a variant shares with the baselines are compared: with `baseline`, and with every variant whose name begins
 so, such as the baseline at the method's learning rate. Of several, the one that is better on a metric at a budget is
 what others must beat there.
@@ -95,7 +95,7 @@ class Table:
 
 
 def variants_table(table: Table, budget: float) -> list[str]:
-    """One line a variant: final values and paired differences from the best baseline, in points, with 95% intervals."""
+    """One line per variant: final values, and paired differences from the best baseline (points, 95% intervals)."""
     columns = table.measured(budget)
     titles = ' | '.join(f'{METRICS[m]} | difference' for m in columns)
     lines = [
@@ -121,7 +121,7 @@ def variants_table(table: Table, budget: float) -> list[str]:
 
 
 def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
-    """One line a variant and metric: epochs-to-match with its interval, RAUC, and the gain at the full budget.
+    """One line per variant and metric: epochs-to-match with its interval, RAUC, and the gain at the full budget.
 
     All are against the best of `baselines` at each budget.
     """
@@ -158,7 +158,7 @@ def _share(value: float, budgets: Sequence[float]) -> str:
 
 
 def write(path: Path) -> None:
-    """`<name>.md` and `<name>.png` beside the table `<name>.csv`."""
+    """`<name>.md` and `<name>.png` next to the table `<name>.csv`."""
     table = Table(path)
     random = ', '.join(f'{title} {100 * table.random(m):.1f}' for m, title in list(METRICS.items())[:2])
     best = 'the better of the baselines at the budget' if len(table.baselines) > 1 else BASELINE
@@ -218,7 +218,7 @@ def _plot_budgets(table: Table, path: Path) -> None:
 
 
 def _plot_variants(table: Table, path: Path) -> None:
-    """Paired differences from the baseline, a row a variant, a dot a seed."""
+    """Paired differences from the baseline, one row per variant, one dot per seed."""
     budget, base = table.budgets[-1], table.variants[0]
     others = [v for v in table.variants[1:] if table.shared(v, budget)]
     shown = ('linear', 'knn', 'reconstruction')
@@ -245,7 +245,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     tables = sorted(folder.glob('*.csv'))
     if not tables:
-        parser.error(f'{folder} is no folder with .csv tables')
+        parser.error(f'{folder} has no .csv tables')
     for path in tables:
         write(path)
         print(path.with_suffix('.md'), path.with_suffix('.png'))

@@ -13,7 +13,7 @@ def epochs_to_match(budgets: Sequence[float], values: Sequence[float], target: f
     """The smallest budget at which final values reach `target`, relative to the largest budget.
 
     Between two budgets the value is taken to be linear in the logarithm of the epochs. Infinity: not reached. A target
-    that the smallest budget reaches gives that budget's share: read it as "at most".
+    that the smallest budget reaches gives that budget's fraction: read it as "at most".
 
     Args:
       budgets: epochs, ascending, each of a run with its own full schedule.

@@ -1,9 +1,9 @@
-"""Many short trainings in memory, compared: `python -m mto_jax.studies --config=configs/study_<name>.py`.
+"""Many short runs in memory, compared: `python -m mto_jax.studies --config=configs/study_<name>.py`.
 
 The grid is variants x budgets x seeds of `config.study`. Each run is a pre-training with the main job's method,
-objective, step and loop, on arrays that lie on the device, probed a few times on the way. Its rows go to
-`<workdir>/table.csv` once it is done; a run that is in the table is not run again, and one that was stopped resumes at
-its last evaluation. Several machines take shares of one grid (`config.study.index` of `config.study.count`); their
+objective, step and loop, on arrays that lie on the device, evaluated a few times during training. Its rows go to
+`<workdir>/table.csv` once it is done; runs already in the table are skipped, and one that was stopped resumes at
+its last evaluation. Several machines divide a grid (`config.study.index` of `config.study.count`); their
 tables are concatenated.
 `python -m mto_jax.studies.report` makes tables and pictures of such tables.
 """
@@ -64,7 +64,7 @@ def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], Conf
 
 
 def run(config: ConfigDict, workdir: os.PathLike) -> Path:
-    """Run what of the grid is not in the table yet; returns the table's path. `workdir` is a local folder.
+    """Run the missing part of the grid; returns the table's path. `workdir` is a local folder.
 
     Raises:
       UserError: for a bad grid or config, before anything is trained.
@@ -150,7 +150,7 @@ def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dic
 
 
 class Rows(Record):
-    """The record of one run of a study: a row of each seed at each evaluation, and a checkpoint of each seed.
+    """The record of one run of a study: a row per seed and evaluation, and a checkpoint per seed.
 
     `rows.json` is written after the checkpoints of its last rows; what was saved without its rows is deleted.
 
@@ -187,7 +187,7 @@ class Rows(Record):
         meter = jax.device_get(meter)  # waits for the steps
         seconds = (time.perf_counter() - self._begun) / (step - self._from)
         shown = {n: (v / meter.count).mean() for n, v in meter.sums.items() if n not in ('param_norm', 'learning_rate')}
-        self._line = f'{" ".join(f"{k} {v:.4g}" for k, v in shown.items())} | {seconds:.3f} s a step, '
+        self._line = f'{" ".join(f"{k} {v:.4g}" for k, v in shown.items())} | {seconds:.3f} s per step, '
         self._line += f'ETA {seconds * (self._total - step):.0f} s'
         self._add(step, {'step_seconds': [seconds] * len(self._seeds)})
 

@@ -1,4 +1,4 @@
-"""The table of a study: a row of each seed at each evaluation, as CSV."""
+"""The table of a study: one row per seed and evaluation, as CSV."""
 
 import contextlib
 import csv
@@ -16,7 +16,7 @@ COLUMNS = (
     'seed',
     'budget',  # epochs of the run's own full schedule
     'epoch',  # at which it was evaluated; the budget's own is its final value
-    'linear',  # accuracies, shares of one
+    'linear',  # accuracies, as fractions
     'knn',
     'finetune',  # the accuracy after it; at the end only, and of the untrained network
     'reconstruction',  # the method's own loss on evaluation images under fixed masks

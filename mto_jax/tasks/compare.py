@@ -1,4 +1,4 @@
-"""`config.task='compare'`: one pre-training without and one with MTO for each seed, probed beside simpler features."""
+"""`config.task='compare'`: one pre-training with and one without MTO per seed, probed next to simple baselines."""
 
 import json
 

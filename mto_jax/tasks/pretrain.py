@@ -1,4 +1,4 @@
-"""`config.task='pretrain'`: what is checked before `tasks.train` runs it, and what is looked at on the way."""
+"""`config.task='pretrain'`: its checks before `tasks.train` runs it, and its watches."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def plan(config: ConfigDict) -> train.Plan:
         method = training.objective.method
         measured = [config.data.val_split] if interval else []
         # Also where no probe is used: a mistake is better found now.
-        probes.check(method, config, mesh, *measured, task='kNN on the way (eval.every_epochs; 0 for none)')
+        probes.check(method, config, mesh, *measured, task='kNN during training (eval.every_epochs; 0 for none)')
         training.sharding(mesh)
         train.require_accelerator(config)
     title = f'{config.method}, MTO {"on" if method.mto else "off"}'
@@ -55,7 +55,7 @@ def plan(config: ConfigDict) -> train.Plan:
 
 
 def _watches(config, training, mesh, watched, interval, workdir) -> list[Watch]:
-    """What is looked at on the way: the diagnosis with its pictures, and kNN on the validation split."""
+    """The diagnosis with its pictures, and kNN on the validation split."""
     count = min(64, watched.num_examples)
     # A folder's first images are all of one class. A sequential format would be read to its end for a random subset.
     limit = count if watched.random_access else 0

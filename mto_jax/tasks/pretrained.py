@@ -88,10 +88,10 @@ def described(saved: Mapping[str, Any], config: ConfigDict, path: epath.Path) ->
     new = [n for n, field in FIELDS.items() if n not in there and field.default != {} and not field.own]
     if new:
         shown = ', '.join(f'{n}={FIELDS[n].default!r}' for n in new)
-        say(f'{path} is of an earlier version, without some fields of now; each has its default: {shown}')
+        say(f'{path} is from an earlier version; fields it lacks have their defaults: {shown}')
     if unknown := {n: v for n, v in there.items() if field_of(n) is None}:
         shown = ', '.join(f'{n}={v!r}' for n, v in unknown.items())
-        say(f'{path} is of another version, with fields that are unknown here and left out: {shown}')
+        say(f'{path} is from another version; unknown fields are ignored: {shown}')
     c = merged(saved, config)
     c.checkpoint = str(path)
     check(c)

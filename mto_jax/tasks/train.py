@@ -1,4 +1,4 @@
-"""What every streamed training does around `training.loop.fit`: pre-training and fine-tuning make a `Plan`, and run it.
+"""What all streamed training tasks do around `training.loop.fit`: each makes a `Plan`, which is run here.
 
 Batches and random streams depend on the step alone, so that a resumed run continues as if it had never stopped.
 """
@@ -31,16 +31,16 @@ from mto_jax.training.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One training of a task, checked: nothing has run or been written.
+    """A checked training run of a task: nothing has been trained or written.
 
     Attributes:
       config: of the run.
       mesh: it runs on.
       source: of the training split.
-      job: the training.
+      job: the training run.
       title: what is trained, for the console.
-      watches: `(workdir) -> what is looked at on the way`.
-      fresh: `(sharding) -> the state before the first step`, where there is nothing to go on from.
+      watches: `(workdir) -> its watches`.
+      fresh: `(sharding) -> the state before the first step`, if there is nothing to resume.
     """
 
     config: ConfigDict
@@ -69,8 +69,8 @@ def require_accelerator(config: ConfigDict) -> None:
     """Raises UserError where there is only a CPU and the config does not allow it. To be called last of all checks."""
     if jax.default_backend() == 'cpu' and not config.allow_cpu:
         raise UserError(
-            'jax found only a CPU, and this config is made for a GPU or TPU. Install jax[cuda12] or jax[tpu], see that '
-            'no other program holds the device, or train on the CPU with --config.allow_cpu=True'
+            'jax found only a CPU, and this config is made for a GPU or TPU. Install jax[cuda12] or jax[tpu], check '
+            'that no other program holds the device, or train on the CPU with --config.allow_cpu=True'
         )
 
 
@@ -92,14 +92,14 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
         jax.set_mesh(mesh),
         _held(workdir),
         contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep, entries)) as saver,
-        preemption.watch() as told_to_end,
+        preemption.watch() as preempted,
         _memory_explained(),
     ):
         _require_own(config, workdir, saver)
         saver.keep_constants(job.objective.constants)
         state, before = begin(config, job, job.sharding(mesh), saver, plan.fresh)
         start = int(state.step)
-        # Only now: a config that the checkpoint does not fit must not replace the one that it does.
+        # Not earlier: a config that does not fit the checkpoint must not replace the one that does.
         with hosts.together():
             if hosts.is_first():
                 record(workdir, config.to_dict(), about)
@@ -108,7 +108,7 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
             say(line)
         feed = profile.traced(_feed(plan, part, start), workdir / 'profile', config.profile_steps)
         with contextlib.closing(Workdir(workdir, start, job, saver, config, about)) as kept, feed as batches:
-            state = fit(batches, state, start, job.total, plan.watches(workdir), kept, told_to_end)
+            state = fit(batches, state, start, job.total, plan.watches(workdir), kept, preempted)
         say(f'checkpoint: {saver.directory / str(saver.latest())}')
     return state
 
@@ -139,7 +139,7 @@ def _announce(plan, state, start) -> None:
     say(
         f'{plan.source.num_examples:,} images, batch {config.batch_size}, {job.per_epoch} steps per epoch, '
         f'{config.epochs:g} epochs = {job.total} steps on {plan.mesh.size} {jax.devices()[0].platform} device(s)'
-        + (f', resuming at step {start}' if 0 < start < job.total else ', all taken already' * (start > 0))
+        + (f', resuming at step {start}' if 0 < start < job.total else ', all done already' * (start > 0))
     )
 
 
@@ -158,7 +158,7 @@ def _feed(plan, part, start) -> Streamed:
 
 @contextlib.contextmanager
 def _held(workdir):
-    """The workdir, held by the first process for all."""
+    """Hold the workdir, in the first process, for all of them."""
     with contextlib.ExitStack() as stack:
         with hosts.together():
             if hosts.is_first():
@@ -168,7 +168,7 @@ def _held(workdir):
 
 @contextlib.contextmanager
 def _memory_explained():
-    """Say what helps where a device runs out of memory."""
+    """Say what helps if a device runs out of memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
@@ -188,7 +188,7 @@ def _changed(before, now) -> list[str]:
     # An older checkpoint may not have had all of it.
     lines = [f'  {k}: {a[k]} then, {b[k]} now' for k in b if k in a and a[k] != b[k]]
     if lines:
-        lines.insert(0, 'the checkpoint was made under other conditions; the run goes on, but not bitwise as there:')
+        lines.insert(0, 'the checkpoint was saved under other conditions; the run continues, but not bitwise as there:')
     if before.get('order') != now['order']:
-        lines.append('  from here on the examples come in another order than they would have')
+        lines.append('  from here on, examples come in a different order than they would have')
     return lines

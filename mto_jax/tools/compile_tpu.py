@@ -3,7 +3,7 @@
     python -m mto_jax.tools.compile_tpu --config=configs/mae_mto.py:vit_l --topology=v5e:16x16 [--per_chip_batch=16,32]
 
 Fine-tunings and probes that are trained work too; without `--config.checkpoint` they are of configs/mae.py's encoder.
-Needs `libtpu` (requirements-tpu.txt), no hardware. Prints, for each batch, whether it fits, the bytes on a chip, the
+Needs `libtpu` (requirements-tpu.txt), no hardware. Prints, for each batch, whether it fits, the bytes per chip, the
 collectives, and an estimate of the step's time from the compiler's own cycle counts, which leave out what collectives
 cost where they do not overlap. All are the compiler's estimates, not measurements.
 """
@@ -27,7 +27,7 @@ from mto_jax.training import job, perf
 from mto_jax.training.train_state import Meter
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:8x8', 'Chip and slice: v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, ...')
-_BATCHES = flags.DEFINE_list('per_chip_batch', [], "Images a chip and step. Default: the config's batch_size, split.")
+_BATCHES = flags.DEFINE_list('per_chip_batch', [], "Images per chip and step. Default: the config's batch_size, split.")
 
 IMAGENET = 1_281_167
 
@@ -38,7 +38,7 @@ class Chip:
 
     Attributes:
       memory: bytes of HBM.
-      peak: bfloat16 FLOPs a second.
+      peak: bfloat16 FLOPs per second.
       lanes: multiply-adds a clock of all its matrix units; peak / (2 * lanes) is the clock.
       config: libtpu's name for how its cores are joined; v4's two make one device, as jax wants them.
     """
@@ -112,8 +112,8 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     least = each * config.batch_size / mesh.size / chip.peak
     out = {
         'mesh': ', '.join(f'{n} {s}' for n, s in mesh.shape.items()),
-        'batch': f'{config.batch_size} ({config.batch_size / mesh.size:g} a chip)',
-        'parameters and optimizer on a chip': f'{_gb(_held(state.params, shardings.params))}, '
+        'batch': f'{config.batch_size} ({config.batch_size / mesh.size:g} per chip)',
+        'parameters and optimizer per chip': f'{_gb(_held(state.params, shardings.params))}, '
         f'{_gb(_held(state.opt_state, shardings.opt_state))}',
         'GFLOPs an image (matrix products, forward + backward)': f'{each / 1e9:.1f}',
         'roofline': f'{1e3 * least:.1f} ms a step',
@@ -130,7 +130,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + beside + memory.generated_code_size_in_bytes
     out |= {
         'fits': f'{"yes" if total <= chip.memory else "no"}: {_gb(total)} of {_gb(chip.memory)}',
-        'temporaries on a chip': _gb(memory.temp_size_in_bytes),
+        'temporaries per chip': _gb(memory.temp_size_in_bytes),
         'compiled in': f'{time.perf_counter() - begun:.0f} s',
     }
     cycles, collectives, unknown = read_hlo(text)

@@ -3,7 +3,7 @@
 A workdir holds `checkpoints/<step>/` with the items params, opt_state, config, about and one per entry of the model
 state (`model_state.teacher`), so that an evaluation can read the parameters, or a teacher, alone. `about` tells what
 the run depended on, and a checksum of every array: orbax does not notice a flipped bit, so a restored state is compared
-with it. What never changes while a run trains (an objective's constants) is written once, to `constants/` beside them.
+with it. What never changes while a run trains (an objective's constants) is written once, to `constants/` next to them.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ T = TypeVar('T')
 
 # By default orbax has each replica write a slice of every array, and compiles a program per slice (220 where a model of
 # two blocks is first saved on 8 devices). Below a mebibyte a slice is not worth it. This handler keeps no metadata of
-# single arrays, which only random keys and chunks of one's own would need.
+# single arrays, which only random keys and custom chunks need.
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
 )
@@ -69,7 +69,7 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            # best_fn beside the policy: without it no metrics are written, and a later process would keep everything.
+            # best_fn, too: without it no metrics are written, and a later process would keep everything.
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_fn=lambda m: m['score'],
@@ -102,7 +102,7 @@ class Checkpointer:
           about: plain values, see `environment.describe`.
 
         Raises:
-          UserError: if it cannot be written, or the save before this one could not. Older checkpoints are whole.
+          UserError: if it cannot be written, or the save before this one could not. Older checkpoints are intact.
         """
         items = _items(state)
         sums = {name: checksums(tree) for name, tree in items.items()}
@@ -116,7 +116,7 @@ class Checkpointer:
             self._manager.save(int(state.step), args=args, metrics=metrics, force=True)
 
     def keep_constants(self, constants: Any) -> None:
-        """Write a run's constants, a pytree, beside its checkpoints; where they are there already, compare.
+        """Write a run's constants, a pytree, next to its checkpoints; if they exist already, compare.
 
         Raises:
           UserError: if those there are others: the states saved so far were trained with them.
@@ -156,9 +156,9 @@ class Checkpointer:
         return read_json(path) if path.exists() else None
 
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
-        """The newest state that is whole, or None where nothing was ever saved.
+        """The newest intact state, or None if nothing was ever saved.
 
-        What is damaged is reported, and moved to `<workdir>/damaged`, so that its step can be saved again.
+        Damaged checkpoints are reported and moved to `<workdir>/damaged`, so that its step can be saved again.
 
         Raises:
           UserError: if the checkpoint is of another model, or every one is damaged.
@@ -330,8 +330,8 @@ class Checkpointer:
             self._manager.reload()
             raise UserError(
                 f'a checkpoint could not be saved in {self.directory} ({type(e).__name__}: {_first_line(e)}). '
-                f'Whole there: {", ".join(map(str, self.steps)) or "none"}. Make room or choose another --workdir; the '
-                'same command resumes'
+                f'Intact checkpoints: {", ".join(map(str, self.steps)) or "none"}. Free some space or choose another '
+                '--workdir; the same command resumes'
             ) from e
 
 

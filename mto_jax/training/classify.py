@@ -119,7 +119,7 @@ def build(config, method: Method, fresh: Callable[[jax.Array], Any] | None = Non
     if mixes and (config.batch_size // config.accumulate) % 2:
         raise UserError(
             f'batch_size is {config.batch_size} in {config.accumulate} microbatches; mixup and cutmix pair the images '
-            'of one, of which there must be an even number'
+            'of a microbatch, so it must have an even number of them'
         )
     return Classification(
         method,

@@ -1,4 +1,4 @@
-"""Where a training's batches come from: streamed from the host, or resident on the device for many steps a dispatch."""
+"""Where batches come from: streamed from the host, or resident on the device for many steps per dispatch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from mto_jax.training.train_state import Meter, TrainState
 
 
 class Streamed:
-    """Batches that the host makes while the device trains; one step a dispatch.
+    """Batches that the host prepares while the device trains; one step per dispatch.
 
     Args:
-      job: the training.
+      job: the training run.
       mesh: under which it runs.
-      batches: of the steps to take, on the devices. `reset()` gives the seconds waited for them.
+      batches: of the remaining steps, on the devices. `reset()` gives the seconds waited for them.
       key: of the training's random stream.
     """
 
@@ -41,10 +41,10 @@ class Resident:
     """Arrays that lie on the device, for several seeds side by side; all steps up to the next event in one dispatch.
 
     The step is the job's own, and so are its random streams: a seed trains as `Streamed` would, up to rounding. States
-    and meters have a leading axis of seeds. A seed that diverges does not hold the others up.
+    and meters have a leading axis of seeds. A seed that diverges does not affect the others.
 
     Args:
-      job: the training.
+      job: the training run.
       arrays: {name: (n, ...)}, which all seeds share, as they do the constants.
       seeds: of each state.
       positions: `(seed, start, stop) -> rows of the arrays`, int (batch,) for each step.
@@ -87,10 +87,10 @@ def require_whole(config, images: np.ndarray) -> None:
     """Check that `config` can pre-train on `images`, uint8 (n, H, W, C), where they are.
 
     Raises:
-      UserError: for a config that crops (arrays hold whole images: `data.crop` must be 'resize'), or another size.
+      UserError: for a config that crops (arrays hold full images: `data.crop` must be 'resize'), or another size.
     """
     if config.data.crop != 'resize':
-        raise UserError(f"data.crop is {config.data.crop!r}; training in memory takes whole images ('resize')")
+        raise UserError(f"data.crop is {config.data.crop!r}; training in memory uses full images ('resize')")
     wanted = (*config.data.image_size, config.data.channels)
     if images.shape[1:] != wanted:
         raise UserError(f'data.image_size and data.channels are {wanted}; the images in memory are {images.shape[1:]}')

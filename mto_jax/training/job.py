@@ -1,4 +1,4 @@
-"""From a config to a training, short of data and devices: what pre-training, studies and compilation ahead share."""
+"""From a config to a training run, without data or devices: for pre-training, studies and compilation."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -14,10 +14,10 @@ from mto_jax.training.train_state import Meter, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a look at a state found.
+    """What a watch found in a state.
 
     Attributes:
-      scalars: {name: value}; of several seeds, {name: one value a seed}.
+      scalars: {name: value}; of several seeds, {name: one value per seed}.
       images: {name: float (B, H, W, C) in [0, 1]}.
       score: of this very state, higher is better: what decides which checkpoint is the best. A state that has one is
         saved.
@@ -30,12 +30,12 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """Something to look at on the way: a probe, pictures, a diagnosis.
+    """A measurement during training: a probe, pictures, a diagnosis.
 
     Attributes:
       look: `(step, state) -> Seen`; it must not keep the state, whose arrays are donated to the next step.
-      at: steps at which it looks, ascending (a range or a tuple); at the last step it always does.
-      at_start: look at the fresh state too.
+      at: steps at which it looks, ascending (a range or a tuple). It always looks at the last step.
+      at_start: also look at the initial state.
     """
 
     look: Callable[[int, TrainState], Seen]
@@ -53,11 +53,11 @@ class Feed(Protocol):
         """At least one step on from `step`, and at most to `stop`; the third is where it is then. Donates both."""
 
     def waited(self) -> float:
-        """Seconds for which the device had nothing to do, since this was last asked."""
+        """Seconds the device was idle since the last call."""
 
 
 class Record:
-    """What is kept of a training. This one keeps nothing.
+    """What is kept of a run. This base class keeps nothing.
 
     Attributes:
       logs, saves: steps, ascending, at which terms are logged and states saved; at the last step both always are.
@@ -79,7 +79,7 @@ class Record:
         """Save a state."""
 
     def restart(self, step: int) -> None:
-        """Time from here on: something other than training has run."""
+        """Restart the clock: something other than training has run."""
 
     def finish(self) -> None:
         """Wait until everything is kept."""
@@ -97,17 +97,17 @@ def fit(
     total: int,
     watches: Sequence[Watch] = (),
     record: Record | None = None,
-    told_to_end: Callable[[int], bool] = lambda step: False,
+    preempted: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train from step `start` to `total`; returns the last state.
 
     Args:
       state: at `start`. It is donated.
       watches: where several give a score, the first one's counts. A state with a score is saved.
-      told_to_end: asked after every dispatch; where True, the state is saved and the training ends.
+      preempted: asked after every dispatch; if True, the state is saved and training stops.
 
     Raises:
-      Preempted: once a training that was told to end is saved.
+      Preempted: once the state is saved after SIGTERM.
     """
     record = record or Record()
     events = [record.logs, record.saves, *(w.at for w in watches)]
@@ -119,7 +119,7 @@ def fit(
     while step < total:
         stop = min(total, *(_after(steps, step, total) for steps in events))
         state, meter, step = feed.advance(state, meter, step, stop)
-        last, ending = step == total, told_to_end(step)
+        last, ending = step == total, preempted(step)
         looks = [] if ending else [w for w in watches if last or step in w.at]
         save = last or ending or step in record.saves
         if last or ending or step in record.logs:
@@ -137,7 +137,7 @@ def fit(
             record.save(state, score)
         if ending and not last:
             record.finish()
-            say(f'told to end: saved at step {step}; the same command resumes there')
+            say(f'SIGTERM received: saved at step {step}; rerun the same command to resume')
             raise Preempted
         record.restart(step)
     record.finish()

@@ -1,6 +1,6 @@
 """Probes as an objective: heads on a frozen encoder, one for each depth at which its tokens are taken.
 
-The heads share batches and the encoder's pass over them, and nothing else: each learns as it would alone.
+The heads share only batches and the encoder's forward pass: each learns as it would alone.
 """
 
 import dataclasses

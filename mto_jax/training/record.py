@@ -27,7 +27,7 @@ class Workdir(Record):
     Args:
       workdir: of the run.
       start: the step it starts at.
-      job: the training.
+      job: the training run.
       saver: of its checkpoints.
       config: of the run.
       about: see `environment.describe`.

@@ -34,7 +34,7 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
     never scaled, at `total_steps`, one step after the last update.
 
     Raises:
-      UserError: for a training without a step, an unknown schedule, a warm-up that is not shorter than the training, or
+      UserError: for a run without steps, an unknown schedule, a warm-up that is not shorter than the training, or
         a rate that could not fall as the fields say.
     """
     reference = optim.lr_reference or batch_size

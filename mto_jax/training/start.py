@@ -1,12 +1,12 @@
-"""Where a training starts: one of four points, the first that applies.
+"""Where a run starts: the first of four points that applies.
 
-1. The newest checkpoint of its own workdir: the run resumes, bit for bit as if it had never stopped.
-2. `config.resume_from`: the whole state in another run's checkpoint, at its step. That run is only read.
-3. `config.init_from`: the weights in another run's checkpoint (and what its method keeps beside them, a teacher), at
+1. The newest checkpoint of its own workdir: the run resumes, bitwise equal to an uninterrupted one.
+2. `config.resume_from`: the full state in another run's checkpoint, at its step. That run is only read.
+3. `config.init_from`: the weights in another run's checkpoint (and its model state, such as a teacher), at
    step 0 with a fresh optimizer.
 4. Fresh weights.
 
-What 3 and 4 are is the task's: a fine-tuning begins with the encoder of the checkpoint that it evaluates.
+Tasks define 3 and 4: fine-tuning starts with the encoder of the checkpoint that it evaluates.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,21 +28,21 @@ from mto_jax.training.train_state import TrainState
 def begin(
     config: ConfigDict, job: Job, sharding: Any, saver: Checkpointer, scratch: Callable[[Any], TrainState]
 ) -> tuple[TrainState, Mapping[str, Any] | None]:
-    """The state to go on from, placed as `sharding` (a tree like it) says, and what the run that saved it depended on
+    """The state to start from, placed as `sharding` (a tree like it) says, and what the run that saved it depended on
     (`Checkpointer.about`; None where nothing was saved).
 
     Args:
       config: of the run.
-      job: the training.
+      job: the training run.
       saver: of the run's own checkpoints.
       scratch: of `sharding`, the state before the first step.
 
     Raises:
-      UserError: for a checkpoint that is missing, damaged, of another model or config, that leaves no step to take, or
-        whose step would mean another place in this training.
+      UserError: for a checkpoint that is missing, damaged, of another model or config, that leaves no steps, or
+        whose step would mean another position in this run.
     """
     if config.resume_from and config.init_from:
-        raise UserError('resume_from and init_from are both set; give one of them')
+        raise UserError('resume_from and init_from are both set; set only one of them')
     abstract = checkpoint.abstract_like(job.shapes, sharding)
     if (state := saver.restore_newest(abstract)) is not None:
         step = int(state.step)
@@ -75,7 +75,7 @@ def initialised(path: str, state: TrainState) -> TrainState:
         return {name: reader.restore_item(tree, step, name) for name, tree in abstract.items()}
 
     workdir, step, found = checkpoint.read(path, load, 'init_from')
-    say(f'weights of {workdir} at step {step}, optimizer fresh')
+    say(f'weights of {workdir} at step {step}, fresh optimizer')
     return state.replace(
         params=found.pop('params'), model_state={n.removeprefix(checkpoint.STATE): v for n, v in found.items()}
     )
@@ -93,12 +93,12 @@ def _resumed(config, abstract, job):
         if changed and not config.resume_anyway:
             raise UserError(
                 f'resume_from is {config.resume_from!r}, a run with another config:\n{listed(changed)}\nUse its '
-                'values, or go on with the new ones: --config.resume_anyway=True'
+                'values, or continue with the new ones: --config.resume_anyway=True'
             )
         return reader.restore(abstract, step), reader.about(step)
 
     workdir, step, found = checkpoint.read(config.resume_from, load, 'resume_from')
-    say(f"the state of {workdir} at step {step}; what is saved from here on is in this run's own workdir")
+    say(f"the state of {workdir} at step {step}; from here on, checkpoints go to this run's own workdir")
     return found
 
 

@@ -229,9 +229,7 @@ def test_labels_in_memory_are_whole_numbers(config, tmp_path, labels):
     data = config.data
     data.data_dir, data.image_size = str(tmp_path / 'x.npz'), (8, 8)
     np.savez(data.data_dir, train_image=np.zeros((4, 8, 8, 1), np.uint8), train_label=labels)
-    with pytest.raises(
-        UserError, match=r'train_label of .*x\.npz is .*; it must be whole numbers, one for each of the 4'
-    ):
+    with pytest.raises(UserError, match=r'train_label of .*x\.npz is .*; it must be integers, one for each of the 4'):
         memory.load(data, 'train')
 
 

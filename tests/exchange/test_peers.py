@@ -335,23 +335,23 @@ def arrays(weights, kind):
 SPOILED = {
     'code': (
         lambda torch, path, good: torch.save({'model': good, 'x': Evil(path.parent / 'ran')}, path),
-        r'refused, nothing in it was run',
+        r'refused; nothing in it was run',
     ),
     'code among the weights': (
         lambda torch, path, good: torch.save(good | {'x': Evil(path.parent / 'ran')}, path),
-        r'refused, nothing in it was run',
+        r'refused; nothing in it was run',
     ),
     'an old pickle with code': (
         lambda torch, path, good: path.write_bytes(pickle.dumps(Evil(path.parent / 'ran'))),
-        r'refused, nothing in it was run|no intact PyTorch file',
+        r'refused; nothing in it was run|not an intact PyTorch file',
     ),
     'a class': (lambda torch, path, good: torch.save({'model': good, 'x': Other()}, path), r'refused.*Other'),
     'a full model': (lambda torch, path, good: torch.save(torch.nn.Linear(2, 2), path), r'refused.*Linear'),
     'truncated': (
         lambda torch, path, good: (torch.save(good, path), path.write_bytes(path.read_bytes()[:-400])),
-        r'no intact PyTorch file',
+        r'not an intact PyTorch file',
     ),
-    'text': (lambda torch, path, good: path.write_text('<html>'), r'no intact PyTorch file|refused'),
+    'text': (lambda torch, path, good: path.write_text('<html>'), r'not an intact PyTorch file|refused'),
     'empty': (lambda torch, path, good: path.write_bytes(b''), r'is empty'),
     'a list': (lambda torch, path, good: torch.save([1, 2], path), r'holds a list, expected named weights'),
     'an empty one': (lambda torch, path, good: torch.save({}, path), r'expected named weights'),

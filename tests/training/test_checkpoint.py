@@ -70,7 +70,7 @@ def test_damage_is_reported_and_the_one_before_is_used(finished_run, tmp_path, c
     again = pretrain.run(config, tmp_path / 'run')
     out = capsys.readouterr().out
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
-    if way == 'flip' and '8 steps on 1 cpu device(s), all taken already' in out:
+    if way == 'flip' and '8 steps on 1 cpu device(s), all done already' in out:
         return
     assert 'checkpoints/8 ' in out
     assert ('the metadata of params are missing' in out) == (way == 'metadata')
@@ -211,7 +211,7 @@ except UserError as e:
     command = [sys.executable, '-c', code, str(tmp_path / 'run')]
     out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
     assert 'stopped: a checkpoint could not be saved in' in out.stdout, out.stdout + out.stderr
-    assert 'Whole there: 4.' in out.stdout
+    assert 'Intact checkpoints: 4.' in out.stdout
     again = pretrain.run(config, tmp_path / 'run')
     assert int(again.step) == 8
 

@@ -110,7 +110,7 @@ def test_more_and_fewer_epochs(finished, tmp_path, capsys):
     c.epochs, c.resume_anyway, c.resume_from = 2.5, True, str(workdir / 'checkpoints' / '4')
     assert int(pretrain.run(c, tmp_path).step) == 10
     pretrain.run(c, tmp_path)
-    assert '= 10 steps on 1 cpu device(s), all taken already' in capsys.readouterr().out
+    assert '= 10 steps on 1 cpu device(s), all done already' in capsys.readouterr().out
     c.epochs = 1.5
     with pytest.raises(UserError, match=f'epochs is 1.5, and {tmp_path}/checkpoints/10 is after 2.5: that is done al'):
         pretrain.run(c, tmp_path)
