@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from mto_jax.config import EVALUATIONS, PATHS
+from mto_jax.config import EVALUATIONS, PATHS, evaluation, values
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -67,10 +67,10 @@ def _expand_home(config: ConfigDict) -> None:
 
 
 def default_workdir(name: str, config: ConfigDict) -> str:
-    """`runs/<name>`; of an evaluation `runs/<name>/<run>`, so that those of two checkpoints have one each.
+    """`runs/<name>`; for an evaluation `runs/<name>/<run>`, so that no two overwrite each other's results.
 
-    A quick one adds the step. What trains does not where only the run is given: the same command finds its workdir
-    again, also after the run has gone on.
+    Quick evaluations add the step and the settings that differ from the defaults. Those that train add the step only if
+    one is given: the same command finds its workdir again, even if the run has continued.
     """
     if config.task not in EVALUATIONS or not config.checkpoint:
         return f'runs/{name}'
@@ -80,7 +80,17 @@ def default_workdir(name: str, config: ConfigDict) -> str:
         path = path / 'checkpoints' / str(max(steps)) if steps else path
     parts = os.path.relpath(path).split(os.sep) if '://' not in str(path) else str(path).split('/')
     run = '_'.join(part.strip(':') for part in parts if part.strip('.') and part not in ('runs', 'checkpoints'))
+    if not EVALUATIONS[config.task]:
+        run = '_'.join([run, *_settings(config)])
     return f'runs/{name}/{run}'
+
+
+def _settings(config: ConfigDict) -> list[str]:
+    """'<field>=<value>' of what changes the result of a quick evaluation and differs from its default."""
+    defaults = dict(values(evaluation(config.task)))
+    same = (*PATHS, 'eval.batch_size', 'data.threads')
+    changed = [(n, v) for n, v in values(config) if n.startswith(('eval.', 'data.')) and v != defaults[n]]
+    return [re.sub(r'[^\w=.]+', '-', f'{n.split(".")[1]}={v}').strip('-') for n, v in changed if n not in same]
 
 
 def _parse(argv):

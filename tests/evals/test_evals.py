@@ -403,15 +403,19 @@ def test_results_of_two_checkpoints_do_not_meet(trained, tmp_path, monkeypatch):
     shutil.copytree(other / 'checkpoints' / '2', other / 'checkpoints' / '1')
     monkeypatch.chdir(tmp_path)
 
-    def default(task, checkpoint):
-        return cli.default_workdir(task, evaluation(checkpoint, task))
+    def default(task, checkpoint, **fields):
+        c = evaluation(checkpoint, task)
+        c.update_from_flattened_dict({'eval.linear_steps': 200} | fields)
+        return cli.default_workdir(task, c)
 
     assert re.fullmatch(r'runs/knn/[\w-]+_2', default('knn', trained))
     assert default('knn', other) == default('knn', 'runs/seed0/other/') == 'runs/knn/seed0_other_2'
     assert default('linear', 'runs/seed0/other/checkpoints/1') == 'runs/linear/seed0_other_1'
     assert default('finetune', other) == 'runs/finetune/seed0_other'
     assert cli.default_workdir('mae', base.get_config()) == 'runs/mae'
-    assert cli.default_workdir('knn', evaluation('gs://bucket/runs/l/checkpoints/7')) == 'runs/knn/gs_bucket_l_7'
+    changed = {'eval.depth': 1, 'eval.knn_k': (5, 7), 'data.test_split': 'train[:64]', 'eval.batch_size': 7}
+    assert default('knn', other, **changed) == 'runs/knn/seed0_other_2_test_split=train-64_depth=1_knn_k=-5-7'
+    assert default('knn', 'gs://bucket/runs/l/checkpoints/7') == 'runs/knn/gs_bucket_l_7'
 
     kept = tmp_path / 'w' / 'knn.json'
     kept.parent.mkdir()
