@@ -1,12 +1,14 @@
 """MTO closer to convergence: epochs of Fashion-MNIST, judged by fine-tuning on a tenth of the labels.
 
-    python -m mto_jax.studies --config=configs/study_mto.py:simmim,pilot    # or mae
+    python -m mto_jax.studies --config=configs/study_mto.py:simmim,pilot    # mae, bootmae, conmim; see STAGES
 
-Stages: `pilot` (the baseline alone, which chooses the regime, on validation images).
+`pilot`: the baseline alone, which chooses the regime. `readings`: interpretations of MTO that configs/study_simmim.py
+and configs/study_mae.py do not have, at one epoch. Both are measured on validation images; `main` (baseline, `full` and
+`tuned`) and `ablation` are measured on the test images.
 """
 
-from configs import study_mae, study_simmim
-from configs.study_simmim import confirming, with_rate
+from configs import bootmae, conmim, presets, quickstart, study_mae, study_simmim
+from configs.study_simmim import confirming, for_study, mto, rate, with_rate
 
 BUDGETS = (1.0, 2.0, 4.0)  # E/4, E/2 and E, in epochs
 
@@ -16,9 +18,13 @@ def regime(method: str):
     if method == 'simmim':
         c = with_rate(study_simmim.prototype(), 4e-3)
         c.optim.b2 = 0.95
-    else:
+    elif method == 'mae':
         c = study_mae.prototype()
         c.mask_ratio = 0.6
+    elif method == 'bootmae':
+        c = for_study(quickstart.small_bootmae(bootmae.get_config()))
+    else:
+        c = for_study(quickstart.small_conmim(conmim.get_config()))
     c = confirming(c)
     c.epochs, c.optim.warmup_epochs = BUDGETS[-1], 0.1 * BUDGETS[-1]
     c.study.budgets = BUDGETS
@@ -27,15 +33,69 @@ def regime(method: str):
 
 def pilot(c):
     c.study.variants = {'baseline': {}}
-    c.study.split, c.study.seeds, c.study.seeds_at_once, c.study.evaluations = 'val', (0, 1, 2), 3, 4
+    c.study.split, c.study.seeds, c.study.seeds_at_once = 'val', (0, 1, 2), 3
     return c
 
 
-STAGES = {'pilot': pilot}
+def readings(c):
+    """Two seeds of each; the first rows are what the others are compared with."""
+    losses, full, tuned = {'w_e': 0.1, 'w_r': 1.0}, presets.FULL, presets.TUNED[c.method]
+    c.study.variants = {
+        'baseline': {},
+        'full': mto(**full),
+        'tuned': mto(**tuned),
+        'full, K 1': mto(**full, initial_blocks=1),
+        'full, e r weights x 30%': mto(**full | {'w_e': 0.03, 'w_r': 0.3}),
+        'full, all terms fade': mto(**full, fade=('spa', 'e', 'r')),
+        'row entropy 3%': mto(w_spa=0.03, spa_form='row_entropy'),
+        'row entropy 10%, fades': mto(w_spa=0.1, spa_form='row_entropy', fade=('spa',)),
+        'row entropy 10%, late blocks': mto(w_spa=0.1, spa_form='row_entropy', spa_depth='rising'),
+        'mass + row entropy 10%': mto(w_spa=0.1, spa_form='mass+row_entropy'),
+        'e r, gram': mto(**losses, affinity='gram'),
+        'e r, gram with positions': mto(**losses, affinity='gram_positions'),
+        'exclude by threshold': mto(recalibration='threshold'),
+        'exclude by rank': mto(recalibration='rank'),
+        'spa 3, fades by half': mto(w_spa=3.0, fade=('spa',), fade_until=0.5),
+        'exclude, gates open by half': mto(recalibration='exclude', exclude_blocks=-1, open_until=0.5),
+        'ramp for all rows, gates open by half': mto(recalibration='ramp', rows='all', open_until=0.5),
+        # A slow rate while L_spa acts, then a fast one without it.
+        'spa 3, fades by half, late peak of 8e-3': {
+            **mto(w_spa=3.0, fade=('spa',), fade_until=0.5),
+            'optim': rate(c, 8e-3) | {'warmup_epochs': 2.0},
+        },
+    }
+    c.study.budgets, c.study.evaluations = (1.0,), 1
+    c.study.split, c.study.seeds, c.study.seeds_at_once = 'val', (0, 1), 2
+    return c
+
+
+def main(c):
+    c.study.variants = {'baseline': {}} | {
+        name: mto(**fields) for name, fields in (('full', presets.FULL), ('tuned', presets.TUNED[c.method]))
+    }
+    return c
+
+
+def ablation(c):
+    """Each part of `full` alone, and `full` without it, at E/2."""
+    variants = {'baseline': {}, 'full': mto(**presets.FULL)}
+    for field, value in presets.FULL.items():
+        without = {k: v for k, v in presets.FULL.items() if k != field}
+        variants |= {f'{field} alone': mto(**{field: value}), f'full without {field}': mto(**without)}
+    c.study.variants = variants
+    c.study.budgets, c.study.evaluations, c.study.seeds = (BUDGETS[1],), 1, (10, 11, 12)
+    return c
+
+
+METHODS = ('mae', 'simmim', 'bootmae', 'conmim')
+STAGES = {'pilot': pilot, 'readings': readings, 'main': main, 'ablation': ablation}
 
 
 def get_config(argument: str):
     method, _, stage = argument.partition(',')
-    if method not in ('simmim', 'mae') or stage not in STAGES:
-        raise ValueError(f'the argument is {argument!r}; it must be simmim or mae, a comma, and {", ".join(STAGES)}')
+    if method not in METHODS or stage not in STAGES:
+        raise ValueError(
+            f'the argument is {argument!r}; it must be one of {", ".join(METHODS)}, a comma, and one of '
+            f'{", ".join(STAGES)}'
+        )
     return STAGES[stage](regime(method))

@@ -36,7 +36,7 @@ def with_rate(c, rate: float):
 
 def rate(c, value: float) -> dict:
     """The change that sets the peak learning rate."""
-    return {'base_lr': value * c.optim.lr_reference / c.batch_size}
+    return {'base_lr': value * (c.optim.lr_reference or c.batch_size) / c.batch_size}
 
 
 def rates_and_decays(c) -> dict:

@@ -298,6 +298,8 @@ FIELDS: dict[str, Field] = {
     'eval.knn_temperature': shows(0.07, above(0), own=True),
     # chosen on a held-out tenth of the training features, per class
     'eval.linear_l2': shows((1e-5, 1e-4, 1e-3, 1e-2), each(at_least(0)), own=True),
+    # kNN, L-BFGS and studies: accuracies are the mean over the classes of each one's own
+    'eval.balanced': shows(False, own=True),
     'eval.linear_steps': shows(200, at_least(1), own=True),  # L-BFGS iterations
     # --- task=compare
     'compare.seeds': shows((0,), each(SEED)),  # one pre-training with and one without MTO for each

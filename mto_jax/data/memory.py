@@ -15,7 +15,7 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
     Args:
       data: `config.data`. Where `data_dir` ends in .npz, the split 'train' is its arrays train_image and train_label,
         and neither TensorFlow nor TFDS is needed; else the data set is decoded as an evaluation reads it.
-      split: a name or a slice, 'train[:90%]', 'train[100:]'.
+      split: a name or a slice, 'train[:90%]', 'train[100:]'; or several, with + between them.
 
     Raises:
       UserError: if there are no such data, or the images are not of the config's size.
@@ -34,13 +34,18 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
         )
     with np.load(data.data_dir) as arrays:
         sizes = {n.removesuffix('_label'): len(arrays[n]) for n in arrays if n.endswith('_label')}
-        found = split_range(split, sizes)
-        if not found:
-            raise UserError(
-                f'data: {data.data_dir} has no split {split!r}; it has {", ".join(sizes)} and slices of them'
-            )
-        name, part = found
-        images, labels = arrays[f'{name}_image'], arrays[f'{name}_label']
+        parts = [_part(data, arrays, sizes, one) for one in split.split('+')]
+    images, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return images, labels.astype(np.int32)
+
+
+def _part(data, arrays, sizes, split):
+    """Images and labels of one split or slice among the arrays of a file."""
+    found = split_range(split, sizes)
+    if not found:
+        raise UserError(f'data: {data.data_dir} has no split {split!r}; it has {", ".join(sizes)} and slices of them')
+    name, part = found
+    images, labels = arrays[f'{name}_image'], arrays[f'{name}_label']
     wanted = (*data.image_size, data.channels)
     if images.shape[1:] != wanted or images.dtype != np.uint8:
         raise UserError(f'data: the images are {images.dtype} {images.shape[1:]}, the config says uint8 {wanted}')
@@ -49,7 +54,7 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
             f'data: {name}_label of {data.data_dir} is {labels.dtype} {labels.shape}; it must be integers, one '
             f'for each of the {len(images)} images'
         )
-    return images[part], labels[part].astype(np.int32)
+    return images[part], labels[part]
 
 
 def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -92,6 +92,23 @@ def raw_pixels(params, images: np.ndarray) -> np.ndarray:
     return jnp.where(flat.any(1, keepdims=True), flat, 1).astype(np.float32) / 255.0
 
 
+def accuracy(right: np.ndarray, count: np.ndarray, balanced: bool) -> float:
+    """Fraction of the examples that is classified right; balanced: the mean of each class's own.
+
+    Args:
+      right, count: int (classes,), how many examples of each class are right, and how many there are.
+    """
+    there = count > 0
+    return float((right[there] / count[there]).mean() if balanced else right.sum() / count.sum())
+
+
+def accuracy_of(guesses: np.ndarray, labels: np.ndarray, balanced: bool) -> float:
+    """`accuracy` of guessed classes, int (n,), given the true ones."""
+    classes = int(labels.max()) + 1
+    right = np.bincount(labels[guesses == labels], minlength=classes)
+    return accuracy(right, np.bincount(labels, minlength=classes), balanced)
+
+
 @jax.jit
 def usable(bank: Bank) -> jax.Array:
     """Which rows have features that are finite and not zero, or are no examples, bool (S, B)."""

@@ -1,4 +1,4 @@
-"""Accuracies of the probes on features that are already there."""
+"""Accuracies of the probes on precomputed features."""
 
 from collections.abc import Sequence
 
@@ -32,10 +32,12 @@ def accuracies(
     out = {}
     if 'knn' in probes:
         temperature = config.knn_temperature
-        found = knn.accuracy(train, test, ks=config.knn_k, temperature=temperature, num_classes=num_classes, mesh=mesh)
+        options = {'ks': config.knn_k, 'temperature': temperature, 'mesh': mesh}
+        found = knn.accuracy(train, test, **options, num_classes=num_classes, balanced=config.balanced)
         out |= {f'knn_{k}': value for k, value in found.items()}
     if 'linear' in probes:
         l2, steps = tuple(config.linear_l2), config.linear_steps
         arrays = (*train.fetch(), *test.fetch())
-        out['linear'], out['linear_l2'] = logistic.accuracy(*arrays, l2=l2, steps=steps, num_classes=num_classes)
+        options = {'l2': l2, 'steps': steps, 'num_classes': num_classes, 'balanced': config.balanced}
+        out['linear'], out['linear_l2'] = logistic.accuracy(*arrays, **options)
     return out

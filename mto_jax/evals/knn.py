@@ -22,7 +22,10 @@ def normalized(x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=('ks', 'num_classes', 'mesh'))
 def _right(bank, queries, temperature, ks, num_classes, mesh):
-    """How many queries are classified right, int32 (len(ks),); no k may be above the number of examples in the bank."""
+    """How many queries of each class are classified right, int32 (len(ks), classes).
+
+    No k may be above the number of examples in the bank.
+    """
 
     def on_a_device(bank, queries, temperature):
         rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), bank.replace(x=normalized(bank.x)))
@@ -40,7 +43,8 @@ def _right(bank, queries, temperature, ks, num_classes, mesh):
             weight = jnp.exp((near - near[:, :1]) / temperature)  # relative to the nearest, or low ones overflow
             votes = jnp.cumsum(jax.nn.one_hot(labels, num_classes) * weight[..., None], axis=1)
             guesses = jnp.stack([votes[:, k - 1].argmax(-1) for k in ks])
-            return ((guesses == batch.labels) & batch.valid).sum(1)
+            right = (guesses == batch.labels) & batch.valid
+            return (right[..., None] * jax.nn.one_hot(batch.labels, num_classes, dtype=jnp.int32)).sum(1)
 
         return jax.lax.psum(jax.lax.map(right, queries).sum(0), AXES)
 
@@ -50,10 +54,23 @@ def _right(bank, queries, temperature, ks, num_classes, mesh):
     )
 
 
+@partial(jax.jit, static_argnames=('num_classes',))
+def _per_class(bank, num_classes):
+    """Examples of each class, int32 (classes,)."""
+    return jnp.bincount(jnp.where(bank.valid, bank.labels, num_classes).ravel(), length=num_classes + 1)[:-1]
+
+
 def accuracy(
-    bank: Bank, queries: Bank, *, ks: Sequence[int], temperature: float, num_classes: int, mesh: Mesh
+    bank: Bank,
+    queries: Bank,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    mesh: Mesh,
+    balanced: bool = False,
 ) -> dict[int, float]:
-    """Share of the queries classified right, for each k.
+    """Fraction of the queries that is classified right, for each k.
 
     Neighbours by cosine similarity s vote with weight exp(s / temperature) (Wu et al., arXiv 1805.01978, section 3.4).
     The bank stays where it is: a batch of queries goes to every device, which finds the k nearest among its own rows,
@@ -63,12 +80,14 @@ def accuracy(
       bank, queries: training and test features, split over the same mesh.
       ks: numbers of neighbours; those above the number of training examples are cut to it.
       mesh: over which they are split.
+      balanced: as for `features.accuracy`.
 
     Raises:
       UserError: if a feature vector is zero or not finite.
     """
     for part, what in ((bank, 'training'), (queries, 'test')):
         features.require(features.usable(part), part.valid, what, 'finite and non-zero')
-    examples, total = (int(part.valid.sum()) for part in (bank, queries))
+    examples = int(bank.valid.sum())
+    count = np.asarray(_per_class(queries, num_classes))
     right = np.asarray(_right(bank, queries, temperature, tuple(min(k, examples) for k in ks), num_classes, mesh))
-    return {k: float(r / total) for k, r in zip(ks, right, strict=True)}
+    return {k: features.accuracy(r, count, balanced) for k, r in zip(ks, right, strict=True)}

@@ -48,13 +48,15 @@ def accuracy(
     l2: Sequence[float],
     steps: int,
     num_classes: int,
+    balanced: bool = False,
 ) -> tuple[float, float]:
-    """Share of test examples classified right, and the L2 strength that was chosen.
+    """Fraction of the test examples that is classified right, and the L2 strength that was chosen.
 
     Args:
       train, test: float (n, D) features; each is standardised with the training features' mean and deviation.
       l2: candidates for the penalty.
       steps: L-BFGS iterations.
+      balanced: as for `features.accuracy`.
 
     Raises:
       UserError: if a feature vector is not finite.
@@ -67,7 +69,8 @@ def accuracy(
     held[stratified(train_labels)[: -(-len(train) // 10)]] = True
 
     def right(p, inputs, labels):
-        return float((np.asarray(inputs @ p['w'] + p['b']).argmax(1) == labels).mean())
+        guesses = np.asarray(inputs @ p['w'] + p['b']).argmax(1)
+        return features.accuracy_of(guesses, labels, balanced)
 
     best = l2[0]
     if len(l2) > 1:

@@ -87,5 +87,5 @@ def accuracies(
     for i in range(len(seeds)):
         batches = memory.batches(*test, config.eval.batch_size)
         logits, labels = features.collect(guess, feed.take(states.params, i), batches, mesh).fetch()
-        out.append(float((logits.argmax(1) == labels).mean()))
+        out.append(features.accuracy_of(logits.argmax(1), labels, config.eval.balanced))
     return out

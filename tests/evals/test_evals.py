@@ -68,6 +68,28 @@ def test_knn_against_numpy(rng):
         assert got[k if k < 200 else 999] == pytest.approx(want, abs=2 / 301)
 
 
+def test_balanced_accuracies_against_numpy(rng):
+    """The mean of each class's own, of classes that are not as many; a class without test examples does not count."""
+    (x, y), (q, t) = clusters(rng, 300), clusters(rng, 400)
+    kept = (t != 2) & ((t != 1) | (rng.random(400) < 0.2))
+    q, t = q[kept], t[kept]
+
+    def balanced(guesses):
+        return np.mean([(guesses[t == c] == c).mean() for c in np.unique(t)])
+
+    want = np_knn(x.astype(float), y, q.astype(float), 5, 0.07, 4)
+    got = knn_accuracy(x, y, q, t, ks=(5,), temperature=0.07, num_classes=4, balanced=True)[5]
+    assert got == pytest.approx(balanced(want), abs=1 / (t == 1).sum())
+    assert features.accuracy_of(want, t, True) == pytest.approx(balanced(want))
+    assert features.accuracy_of(want, t, False) == pytest.approx((want == t).mean())
+    options = {'l2': (1e-2,), 'steps': 50, 'num_classes': 4}
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    p = logistic.fit(jnp.asarray((x - mean) / std), jnp.asarray(y), 1e-2, 4, 50)
+    guesses = np.asarray((q - mean) / std @ p['w'] + p['b']).argmax(1)
+    got = logistic.accuracy(x, y, q, t, **options, balanced=True)[0]
+    assert got == pytest.approx(balanced(guesses), abs=1 / (t == 1).sum())
+
+
 @pytest.mark.parametrize('temperature', [0.003, 1e-4])
 def test_knn_at_low_temperatures(rng, temperature):
     """Below 0.0113, exp(1 / temperature) is more than a float32 holds."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import study_mae, study_quickstart, study_simmim
+from configs import study_mae, study_mto, study_quickstart, study_simmim
 from mto_jax import methods
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
@@ -95,6 +95,18 @@ def test_splits_of_arrays(config, tmp_path, split, want):
     got, labels = memory.load(config.data, split)
     np.testing.assert_array_equal(labels, np.arange(*want))
     np.testing.assert_array_equal(got, images[slice(*want)])
+
+
+def test_splits_of_arrays_are_joined(config, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (50, 28, 28, 1), np.uint8)
+    arrays = {'fold0_image': images[:20], 'fold1_image': images[20:], 'fold0_label': np.arange(20)}
+    np.savez(tmp_path / 'a.npz', **arrays, fold1_label=np.arange(20, 50), classes=np.array(['x', 'y']))
+    config.data.data_dir = str(tmp_path / 'a.npz')
+    got, labels = memory.load(config.data, 'fold1+fold0[:10]')
+    np.testing.assert_array_equal(labels, [*range(20, 50), *range(10)])
+    np.testing.assert_array_equal(got, images[labels])
+    with pytest.raises(UserError, match="no split 'fold2'; it has fold0, fold1"):
+        memory.load(config.data, 'fold0+fold2')
 
 
 @pytest.mark.parametrize(
@@ -405,6 +417,7 @@ def test_budgets_scale_the_schedule(two_runs):
 
 
 STAGES = [(m, s) for m in (study_simmim, study_mae) for s in ('tune', 'explore', 'refine', 'confirm')]
+STAGES += [(study_mto, f'{m},{s}') for m in study_mto.METHODS for s in study_mto.STAGES]
 
 
 @pytest.mark.parametrize(
