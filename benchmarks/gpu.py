@@ -124,9 +124,9 @@ def append(out: Path, row: dict) -> None:
 class Worker:
     """A process that holds the variants of one library; it answers each line with one line of JSON."""
 
-    def __init__(self, library: str, job: dict):
+    def __init__(self, library: str, job: dict, module: str = 'benchmarks.gpu'):
         self.job = job
-        command = [sys.executable, '-m', 'benchmarks.gpu', '--worker', library, '--job', json.dumps(job)]
+        command = [sys.executable, '-m', module, '--worker', library, '--job', json.dumps(job)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def hear(self) -> dict:

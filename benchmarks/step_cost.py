@@ -1,10 +1,10 @@
-"""What MTO costs a step: the variants of a study, timed in turns in one process.
+"""What MTO costs per step: the variants of a study, timed in alternation in one process.
 
-    python -m benchmarks.step_cost --config=configs/study_simmim.py:confirm [--variants=NAME,...]
+    python -m benchmarks.step_cost --config=configs/study_mto.py:simmim,main [--variants=NAME,...] [--rounds=15]
 
-Every round runs a stretch of steps of each variant, after one that compiles. Printed for each: the median seconds a
-step, and the median over the rounds of its ratio to the baseline's of the same round, with the smallest and largest.
-It needs the machine for itself.
+Every round runs a stretch of steps of each variant, after one that compiles. Printed for each: the median seconds per
+step, the mean ratio to the baseline in the same round with its 95% t interval, and the memory that the compiled step
+takes (arguments and temporaries, by XLA) relative to the baseline's. It needs the machine to itself.
 """
 
 import statistics
@@ -12,19 +12,21 @@ import time
 from functools import partial
 
 import jax
+import numpy as np
 from absl import flags
 
 from mto_jax import cli
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
-from mto_jax.runtime import cpu
-from mto_jax.studies import study
+from mto_jax.runtime import cpu, parallel
+from mto_jax.studies import speed, study
 from mto_jax.studies.table import BASELINE
 from mto_jax.training import feed, job
 
-_VARIANTS = flags.DEFINE_list('variants', [], 'Those timed beside the baseline; all of the study where none is named.')
+_VARIANTS = flags.DEFINE_list('variants', [], 'Those timed besides the baseline; default: all of the study.')
+_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Of each variant.', lower_bound=2)
 
-ROUNDS, STEPS = 7, 40
+STEPS = 20
 
 
 def stretch(resident, state):
@@ -33,6 +35,16 @@ def stretch(resident, state):
     while True:
         state, meter, step = jax.block_until_ready(resident.advance(state, meter, step, step + STEPS))
         yield
+
+
+def step_memory(training: job.Job) -> int:
+    """Bytes of arguments and temporaries of one compiled step."""
+    mesh = parallel.make_mesh(1)
+    with jax.set_mesh(mesh):
+        meter, key = job.Meter.empty(training.names), jax.eval_shape(lambda: jax.random.key(0))
+        lowered = training.step(mesh).lower(training.shapes, meter, {}, dict(training.microbatch), key)
+        found = lowered.compile().memory_analysis()
+    return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
 def measure(config, workdir):
@@ -45,27 +57,30 @@ def measure(config, workdir):
         raise UserError(f'--variants names {unknown}; the study has {", ".join(config.study.variants)}')
     # Budgets ascend: the largest stays.
     setups = {name: setup for name, _, _, setup in study.grid(config) if name in wanted}
-    stretches = {}
+    stretches, memory_taken = {}, {}
     for name, setup in setups.items():
         training = job.prepare(setup, len(images))
         positions = partial(order.batch_positions, len(images), setup.batch_size)
         resident = feed.Resident(training, {'image': images}, seeds, positions)
         state = feed.stack([jax.jit(training.create)(s) for s in seeds])
         stretches[name] = stretch(resident, state)
+        memory_taken[name] = step_memory(training)
         next(stretches[name])
         print(f'{name}: compiled', flush=True)
     seconds = {name: [] for name in stretches}
-    for _ in range(ROUNDS):
+    for _ in range(_ROUNDS.value):
         for name, each in stretches.items():
             begun = time.perf_counter()
             next(each)
             seconds[name].append((time.perf_counter() - begun) / STEPS)
     base = seconds[BASELINE]
-    print('| variant | seconds a step | relative to the baseline |\n|---|---|---|')
+    print(f'{config.method}, {_ROUNDS.value} rounds of {STEPS} steps of {config.batch_size} images')
+    print('| variant | seconds per step | time, relative (95%) | memory, relative |\n|---|---|---|---|')
     for name, found in seconds.items():
-        ratios = [f / b for f, b in zip(found, base, strict=True)]
-        spread = f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
-        print(f'| {name} | {statistics.median(found):.4f} | {spread} |')
+        mean, half = speed.paired(np.divide(found, base), np.zeros(len(base)))
+        more = memory_taken[name] / memory_taken[BASELINE]
+        spread = f'{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})'
+        print(f'| {name} | {statistics.median(found):.4f} | {spread} | {more:.3f} |')
 
 
 if __name__ == '__main__':
