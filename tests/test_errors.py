@@ -243,7 +243,7 @@ def images(config, tmp_path, rng):
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'data.val_split': 'flat'}, "the split 'flat' has no labels, which kNN on the way (eval.every_epochs"),
+        ({'data.val_split': 'flat'}, "the split 'flat' has no labels, which kNN during training (eval.every_epochs"),
         ({'data.val_split': 'val[:150%]'}, "the split 'val[:150%]' goes to 150%; it must be at most 100%"),
         ({'data.train_split': 'unlabeled'}, "the split 'unlabeled' has no labels, which kNN on the way"),
         ({'data.val_split': 'tiny'}, "the split 'tiny' has classes that 'train' lacks: images, val. A class is"),

@@ -96,7 +96,7 @@ def test_no_room_for_a_checkpoint(tmp_path):
     out = run('-c', limited, 'main.py', *SMALL, f'--workdir={tmp_path}/w')
     assert out.returncode == 2
     (line,) = out.stderr.splitlines()
-    assert re.match(rf'error: a checkpoint could not be saved in {tmp_path}/w/checkpoints .*Make room', line)
+    assert re.match(rf'error: a checkpoint could not be saved in {tmp_path}/w/checkpoints .*Free some space', line)
 
 
 def test_output_that_is_closed(tmp_path):

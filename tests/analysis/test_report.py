@@ -202,7 +202,7 @@ def test_a_report_that_fails_costs_nothing_else(runs, tmp_path, capsys):
     report.finish(tmp_path, runs[:1])
     report.finish(tmp_path, [tmp_path / 'none'])
     out = capsys.readouterr().out
-    assert out.count('no report.html was written') == 2
+    assert out.count('report.html could not be written') == 2
     assert 'no config.json' in out
 
 

@@ -346,7 +346,7 @@ def test_nothing_decodes(tmp_path):
         (tmp_path / 'train' / f'{i}.jpg').write_bytes(b'no')
     data = for_photos(mae_mto.get_config(), tmp_path, 'folder').data
     data.on_error = 'replace'
-    with pytest.raises(UserError, match='not one image can be decoded'):
+    with pytest.raises(UserError, match='no image can be decoded'):
         list(pipeline.train_batches(sources.open_source(data, 'train'), data, 2, 0, 0, 1))
 
 
@@ -497,7 +497,7 @@ def test_folder_with_stray_images(tmp_path):
     for path in ('train/b/1.jpg', 'train/2.jpg'):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b'')
-    with pytest.raises(UserError, match=r'both beside and inside class folders, like .*/train/2\.jpg'):
+    with pytest.raises(UserError, match=r'both next to and inside class folders, such as .*/train/2\.jpg'):
         folder.open_folder(str(tmp_path), 'train')
     with pytest.raises(UserError, match='no such folder'):
         folder.open_folder(str(tmp_path / 'none'), 'train')

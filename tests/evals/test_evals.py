@@ -38,7 +38,7 @@ def clusters(rng, n, classes=4, dim=6, noise=1):
 
 
 def bank(x, labels, mesh, size=64):
-    """Features that are there already, float32 (n, D), in batches of `size`."""
+    """Precomputed features, float32 (n, D), in batches of `size`."""
     return features.collect(lambda params, found: found, None, memory.batches(x, labels, size), mesh)
 
 
@@ -505,8 +505,8 @@ def test_checkpoints_of_another_version(trained, of_another_version, tmp_path, c
     """What they lack has its default, and what is unknown is left out; both are named, once."""
     found = tasks.run(evaluation(of_another_version), tmp_path / 'w')
     shown = capsys.readouterr().out
-    assert shown.count('each has its default: model.relative_bias=False, accumulate=1\n') == 1
-    assert shown.count('left out: model.rotary=True, gone.far=3\n') == 1
+    assert shown.count('fields it lacks have their defaults: model.relative_bias=False, accumulate=1\n') == 1
+    assert shown.count('unknown fields are ignored: model.rotary=True, gone.far=3\n') == 1
     assert found['knn_20'] == tasks.run(evaluation(trained), tmp_path / 'other')['knn_20']
     full = short_pretraining()
     full.task, full.checkpoint = 'knn', str(of_another_version)

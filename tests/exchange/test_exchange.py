@@ -269,9 +269,9 @@ DAMAGED = {
         lambda a: changed(a, **{'blocks.0.attn.relative_position_bias_table': np.ones((52, 4), np.float32)}),
         r'a table of relative positions in each block',
     ),
-    'a Swin': (lambda a: {'layers.0.blocks.0.norm1.weight': np.ones(3, np.float32)}, r'no family that is known'),
-    'a ResNet': (lambda a: {'conv1.weight': np.ones((8, 3, 7, 7), np.float32)}, r'no family that is known'),
-    'nothing': (lambda a: {}, r'no family that is known'),
+    'a Swin': (lambda a: {'layers.0.blocks.0.norm1.weight': np.ones(3, np.float32)}, r'no known family'),
+    'a ResNet': (lambda a: {'conv1.weight': np.ones((8, 3, 7, 7), np.float32)}, r'no known family'),
+    'nothing': (lambda a: {}, r'no known family'),
 }
 
 
@@ -281,11 +281,11 @@ def bytes_of(path, change):
 
 SPOILED = {
     'empty': (lambda b: b'', r'is empty'),
-    'truncated': (lambda b: b[: len(b) // 2], r'no intact safetensors file'),
-    'truncated in the header': (lambda b: b[:20], r'no intact safetensors file'),
-    'a web page': (lambda b: b'<!doctype html><title>404</title>', r'no intact safetensors file'),
-    'a header without end': (lambda b: b'\xff' * 8 + b[8:], r'no intact safetensors file'),
-    'a pickle': (lambda b: b"cos\nsystem\n(S'touch ran'\ntR.", r'no intact safetensors file'),
+    'truncated': (lambda b: b[: len(b) // 2], r'not an intact safetensors file'),
+    'truncated in the header': (lambda b: b[:20], r'not an intact safetensors file'),
+    'a web page': (lambda b: b'<!doctype html><title>404</title>', r'not an intact safetensors file'),
+    'a header without end': (lambda b: b'\xff' * 8 + b[8:], r'not an intact safetensors file'),
+    'a pickle': (lambda b: b"cos\nsystem\n(S'touch ran'\ntR.", r'not an intact safetensors file'),
 }
 
 
@@ -348,7 +348,7 @@ def test_a_bias_of_the_keys_is_not_dropped(rng, tmp_path):
     row = tables.biases('attn', 'qv', {'qkv': 'attn.qkv.bias'})
     with pytest.raises(UserError, match=r'attn\.qkv\.bias holds a bias of the keys'):
         row.back([(4, 8), (4, 8)], KEY_BIAS)
-    with pytest.raises(UserError, match='no place there'):
+    with pytest.raises(UserError, match='has no place for'):
         tables.biases('attn', 'qkv', {'q': 'q', 'v': 'v'})
 
 
@@ -443,7 +443,7 @@ def test_a_fine_tuned_run(pretrained, tmp_path, capsys):  # noqa: F811
     assert f'| top1 on test[:70] (finetune.json) | {report["top1"]:.4f} |' in card
     assert 'does not say how they were trained' in (tmp_path / 'again' / 'README.md').read_text()
     capsys.readouterr()
-    refused(capsys, tmp_path, tmp_path / 'tuned', 'is a run here already')
+    refused(capsys, tmp_path, tmp_path / 'tuned', 'is already a run of mto_jax')
     refused(capsys, tmp_path, tmp_path / 'tuned', 'a head on the mean of the patches', '--target=huggingface')
     refused(capsys, tmp_path, pretrained, 'has no teacher', '--target=timm', '--teacher')
     refused(capsys, tmp_path, pretrained, '--heads is for foreign files', '--target=timm', '--heads=2')

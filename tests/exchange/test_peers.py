@@ -357,11 +357,11 @@ SPOILED = {
     'an empty one': (lambda torch, path, good: torch.save({}, path), r'expected named weights'),
     'numbers among the weights': (
         lambda torch, path, good: torch.save(good | {'lr': 0.1}, path),
-        r'other things than arrays among the weights: lr',
+        r'holds entries that are not arrays: lr',
     ),
     'another model': (
         lambda torch, path, good: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
-        r'no family that is known.*bias, weight',
+        r'no known family.*bias, weight',
     ),
 }
 

@@ -300,7 +300,7 @@ def test_sigterm_at_one_host_saves_on_all(tmp_path):
         codes = finish(processes)
     assert codes == [143, 143], output(workdir) + output(workdir, 1)
     (step,) = checkpoint.Checkpointer(workdir, read_only=True).steps
-    assert f'told to end: saved at step {step};' in output(workdir)
+    assert f'SIGTERM received: saved at step {step};' in output(workdir)
     # jax looks for the signal once a second: so many steps are more than a machine takes until then.
     assert reached <= step < reached + 1000
     again = launch(workdir, 2, **fields)

@@ -144,7 +144,7 @@ def test_the_methods_compile_for_a_slice(config, topology, batch, each, fields):
     blocks, which are alike (benchmarks/results/tpu.txt has them whole)."""
     out = compile_for(topology, *(f'--config.{f}' for f in fields), config=config)
     assert 'fits: yes' in out.stdout, out.stderr[-2000:]
-    assert f'batch: {batch} ({each} a chip)' in out.stdout
+    assert f'batch: {batch} ({each} per chip)' in out.stdout
     assert 'all-reduce' in out.stdout
 
 
