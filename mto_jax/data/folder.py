@@ -98,8 +98,9 @@ def open_folder(root: str, split: str, masks: str = '') -> Folder:
     found = split_range(split, {name: len(s.paths) for name, s in splits.items()})
     if not found:
         raise UserError(
-            f'data: {root} has no split {split!r}; its folders are {", ".join(splits) or "none"} '
-            f'(--config.data.train_split, val_split and test_split name them)'
+            f'data: {root} has no split {split!r}; its folders are {", ".join(splits) or "none"}. Each is a split that '
+            'holds the class folders, as in train/<class>/*.jpg; --config.data.train_split, val_split and test_split '
+            'name them'
         )
     name, part = found
     paths, labels, classes, skipped = splits[name]

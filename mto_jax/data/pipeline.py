@@ -59,13 +59,16 @@ def crop_window(height, width, seed, area, aspect) -> tf.Tensor:
 def decode(encoded, channels, window=None):
     """Decode an image, uint8 (h, w, channels); of a JPEG, only the window. EXIF orientation is not applied.
 
-    JPEG and PNG are TensorFlow's, on all threads. The rest is PIL's: TensorFlow reads BMP and GIF in few forms.
+    JPEG and PNG are TensorFlow's, on all threads. The rest is PIL's: TensorFlow reads BMP and GIF in few forms, and
+    turns no CMYK into grey.
     """
+    jpeg = tf.io.is_jpeg(encoded)
+    if channels == 1:
+        jpeg = tf.cond(jpeg, lambda: tf.io.extract_jpeg_shape(encoded)[2] < 4, lambda: False)
 
     def whole():
-        fast = tf.io.is_jpeg(encoded) | (tf.strings.substr(encoded, 0, 4) == b'\x89PNG')
         image = tf.cond(
-            fast,
+            jpeg | (tf.strings.substr(encoded, 0, 4) == b'\x89PNG'),
             lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
             lambda: tf.numpy_function(_decode_any, [encoded, channels], tf.uint8),
         )
@@ -77,9 +80,7 @@ def decode(encoded, channels, window=None):
 
     if window is None or channels not in (1, 3):
         return whole()
-    return tf.cond(
-        tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=channels), whole
-    )
+    return tf.cond(jpeg, lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=channels), whole)
 
 
 def _decode_any(encoded: bytes, channels: int) -> np.ndarray:
@@ -368,7 +369,7 @@ def problem_of(prepare: Callable, *args) -> str:
         prepare(*args)
     except (*UNREADABLE, ValueError) as e:  # run eagerly, `_decode_any` raises what it raises
         words = re.sub(r'\{\{.*?\}\}|\[Op:.*', '', getattr(e, 'message', str(e)).partition('\n')[0])
-        return ' '.join(words.split()) or 'not an image'
+        return ' '.join(words.split()).rstrip('.') or 'not an image'
     return ''
 
 

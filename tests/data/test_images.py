@@ -227,6 +227,10 @@ def test_odd_images_decode_as_pil_sees_them(name):
     for i in range(5):
         assert pipeline.train_image(encoded, tf.constant([0, i], tf.int64), c.data).shape == (224, 224, 3)
     assert pipeline.eval_image(encoded, c.data).shape == (224, 224, 3)
+    grey = pipeline.decode(encoded, 1).numpy()
+    assert psnr(grey[..., 0], seen.convert('L')) > 30
+    c.data.channels = 1
+    assert pipeline.train_image(encoded, tf.constant([0, 0], tf.int64), c.data).shape == (224, 224, 1)
 
 
 @pytest.fixture
