@@ -3,8 +3,8 @@
     python data/make_openclipart.py --source=DIR [--out=data/openclipart.npz] [--size=32]
 
 DIR holds PNG files in one folder per class (Debian's package openclipart-png, public domain, installs
-/usr/share/openclipart/png). Classes with at least 130 images are kept. Each image is cropped to what it draws, put on
-white, padded to a square and resized.
+/usr/share/openclipart/png). Classes with at least 130 images are kept, without a folder of near-duplicates. Each image is
+cropped to what it draws, put on white, padded to a square and resized.
 
 The file has the splits fold0 to fold4, which `data.train_split='fold1+fold2+fold3+fold4'` joins. Classes are in
 proportion in each fold. Images that look alike, and series of one name, are in the same fold.
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 Image.MAX_IMAGE_PIXELS = None  # one of them has 231 million
+LEFT_OUT = ('unsorted', 'stars')  # 1,378 shapes are stars that differ in their rays
 FOLDS = 5
 LEAST = 130  # images of a class
 THUMB = 16  # pixels per side of what is compared
@@ -93,8 +94,11 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('data/openclipart.npz'))
     parser.add_argument('--size', type=int, default=32)
     args = parser.parse_args()
-    folders = [f for f in sorted(args.source.iterdir()) if f.is_dir() and f.name != 'unsorted']
-    files = {f.name: sorted(f.rglob('*.png')) for f in folders}
+    files = collections.defaultdict(list)
+    for path in sorted(args.source.glob('*/**/*.png')):
+        folders = path.relative_to(args.source).parts[:-1]
+        if not set(folders) & set(LEFT_OUT):
+            files[folders[0]].append(path)
     classes = [name for name, found in files.items() if len(found) >= LEAST]
     if not classes:
         parser.error(f'--source={args.source} has no folder with {LEAST} .png files')

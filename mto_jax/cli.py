@@ -95,6 +95,9 @@ def _settings(config: ConfigDict) -> list[str]:
 
 def _parse(argv):
     """Parse the flags; an unknown field or config file is one line, not a traceback."""
+    given = [a for a in argv[1:] if re.match(r'--?config=', a)]
+    if len(given) > 1:
+        stop(f'--config is given {len(given)} times ({", ".join(given)}); give one')
     try:
         rest = flags.FLAGS(argv)
         _ = _CONFIG.value.task  # where a config file failed to load, this raises
@@ -104,6 +107,8 @@ def _parse(argv):
         words = ' '.join(re.sub(r"\\n|[\\']", ' ', str(e.args[0])).strip(' "').split())
         stop(f'unknown config field: {words}; mto_jax/config.py lists all fields')
     except (flags.Error, OSError) as e:
+        if missing := re.search(r"No such file or directory: '(.*?)'", str(e)):
+            stop(f'--config={missing[1]}: no such file in {os.getcwd()}; run from the project folder, or give its path')
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         stop(lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}')
 

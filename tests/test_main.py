@@ -33,7 +33,8 @@ def test_flagship_without_imagenet_stops_with_the_steps(tmp_path):
     [
         (['--config=configs/mae.py', '--config.mask_ration=0.5'], 'mask_ration'),
         (['--config=configs/mae.py', '--config.optim.lr=1'], 'lr'),
-        (['--config=configs/none.py'], 'none.py'),
+        (['--config=configs/none.py'], '--config=configs/none.py: no such file in '),
+        (['--config=configs/mae.py', '--config=configs/simmim.py'], '--config is given 2 times ('),
         (['--config=configs/mae.py:vit_xxl'], 'vit_xxl'),
         (['--config=configs/mae.py', 'mask_ratio=0.5'], 'mask_ratio=0.5'),
         ([], 'config'),
