@@ -140,13 +140,13 @@ def main():
     chip = compile_tpu.CHIPS[args.topology.partition(':')[0]]
     device = topologies.get_topology_desc(args.topology, 'tpu', chip_config_name=chip.config).devices[0]
     for name in args.forms.split(','):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         program = compiled(FORMS[name], args.stack, device)
         cycles, *_ = compile_tpu.read_hlo(program.as_text())
         temporaries = program.memory_analysis().temp_size_in_bytes / 2**20
         print(
             f'{args.topology} {args.stack} {name}: {cycles / 1e6:.2f} M cycles, {temporaries:.0f} MiB of temporaries, '
-            f'compiled in {time.perf_counter() - begun:.0f} s',
+            f'compiled in {time.perf_counter() - start_time:.0f} s',
             flush=True,
         )
 

@@ -82,11 +82,11 @@ class Ours:
     def time(self, steps: int) -> dict:
         import jax
 
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(steps):
             self.state, self.meter = self.step(self.state, self.meter, {}, self.batch, self.key)
         jax.block_until_ready((self.state, self.meter))
-        return {'seconds': time.perf_counter() - begun}
+        return {'seconds': time.perf_counter() - start_time}
 
 
 class Peer:
@@ -116,12 +116,12 @@ class Peer:
         return {'loss': loss}
 
     def time(self, steps: int) -> dict:
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(steps):
             self.run(self.images).loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return {'seconds': time.perf_counter() - begun}
+        return {'seconds': time.perf_counter() - start_time}
 
 
 def work(job: dict) -> None:

@@ -48,17 +48,17 @@ def run(config: str, workdir: Path, fields: dict) -> dict[str, float]:
 
 def measure(seed: int, out: Path, epochs: float) -> dict[str, float]:
     """{row: test accuracy in percent} of one seed."""
-    place, found = out / f'seed{seed}', {}
+    run_dir, found = out / f'seed{seed}', {}
     trained = {'task': 'pretrain', 'mto.enabled': True, 'seed': seed, 'epochs': epochs}
-    run('quickstart', place / 'pretrained', trained)
-    source = {'checkpoint': place / 'pretrained'}
+    run('quickstart', run_dir / 'pretrained', trained)
+    source = {'checkpoint': run_dir / 'pretrained'}
     for row, (config, fields, shown) in PROBES.items():
         more = {'seed': seed} if ':' in config else {}
-        found[row] = run(config, place / row.replace(' ', '_'), source | fields | more)[shown]
+        found[row] = run(config, run_dir / row.replace(' ', '_'), source | fields | more)[shown]
     for labels, fields in LABELS.items():
         for start, more in (('pre-trained', {}), ('from scratch', FRESH)):
             name = f'fine-tuned, {labels} of the labels, {start}'
-            workdir = place / name.replace(' ', '_').replace('%', '')
+            workdir = run_dir / name.replace(' ', '_').replace('%', '')
             found[name] = run('finetune:quickstart', workdir, source | {'seed': seed} | fields | more)['top1']
     return {row: 100 * value for row, value in found.items()}
 

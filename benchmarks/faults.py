@@ -97,16 +97,16 @@ class Evaluations(threading.Thread):
       errors: the error line of each other one.
     """
 
-    def __init__(self, run: Path, place: Path):
+    def __init__(self, run: Path, folder: Path):
         super().__init__(daemon=True)
-        self.run_dir, self.place, self.over = run, place, threading.Event()
+        self.run_dir, self.folder, self.over = run, folder, threading.Event()
         self.found, self.errors, self.failure = [], [], None
 
     def run(self):
         number = 0
         while not self.over.is_set():
             number += 1
-            workdir = self.place / f'evaluation{number}'
+            workdir = self.folder / f'evaluation{number}'
             try:
                 numbers, log = evaluate(self.run_dir, workdir)
             except AssertionError as e:
@@ -198,7 +198,7 @@ def same(a: Path, b: Path, step: int) -> bool:
     return sums[0] == sums[1]
 
 
-def compare(found: list[dict], whole: Path, place: Path) -> int:
+def compare(found: list[dict], whole: Path, folder: Path) -> int:
     """Evaluate the undisturbed run at each step that was evaluated, in this process; returns how many steps.
 
     Raises:
@@ -214,12 +214,12 @@ def compare(found: list[dict], whole: Path, place: Path) -> int:
         config = knn.get_config()
         config.update_from_flattened_dict(EVALUATION | {'checkpoint': str(whole / 'checkpoints' / str(step))})
         with contextlib.redirect_stdout(None):
-            want = tasks.run(config, place / 'reference' / str(step)) | {'checkpoint': ''}
+            want = tasks.run(config, folder / 'reference' / str(step)) | {'checkpoint': ''}
         assert all(numbers == want for numbers in each), f'step {step}: {each}, undisturbed {want}'
     return len(by_step)
 
 
-def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
+def run(kills: int, seed: int, folder: Path, ways=DAMAGES) -> dict[str, int]:
     """Disturb and evaluate a run, and compare it with an undisturbed one.
 
     Returns:
@@ -228,14 +228,14 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
     rng = random.Random(seed)
     epochs = max(4, 2 * kills * EVERY // STEPS_PER_EPOCH)
     total = epochs * STEPS_PER_EPOCH
-    place.mkdir(parents=True, exist_ok=True)
-    whole, part = place / 'whole', place / 'part'
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, part = folder / 'whole', folder / 'part'
     assert train(whole, epochs, **{'checkpoints.keep': total}).wait() == 0, read_log(whole)
     print(f'undisturbed: {total} steps', flush=True)
     counts = dict.fromkeys(('kills', 'in_a_save', 'damages', 'damages_noticed', 'flips_of_unused_bits'), 0)
     moments = sorted(rng.sample(range(2 * EVERY + 1, total - 2 * EVERY), kills))
     damages = dict(zip(sorted(rng.sample(range(kills // 2, kills), len(ways))), ways, strict=True))
-    evaluations, expected = Evaluations(part, place), 0
+    evaluations, expected = Evaluations(part, folder), 0
     evaluations.start()
     for i, moment in enumerate(moments):
         # Before the newest checkpoint is damaged, one more must be there to go back to.
@@ -260,7 +260,7 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
             expected = steps[-2]
             print(f'  damaged step {steps[-1]}: {damages[i]}, {done}', flush=True)
             # One that surely meets the damage; it may lie in what an evaluation does not read.
-            numbers, log = evaluate(part, place / f'evaluation_of_damage{i}')
+            numbers, log = evaluate(part, folder / f'evaluation_of_damage{i}')
             evaluations.keep(numbers, log)
             print(f'  evaluated: {numbers or log}', flush=True)
             words, _ = run_until_killed(part, epochs, 0, False, rng)
@@ -287,7 +287,7 @@ def run(kills: int, seed: int, place: Path, ways=DAMAGES) -> dict[str, int]:
     counts['evaluations'] = len(evaluations.found)
     counts['evaluations_that_found_no_checkpoint'] = sum(EXPECTED[0] in e for e in evaluations.errors)
     counts['evaluations_that_found_damage'] = len(evaluations.errors) - counts['evaluations_that_found_no_checkpoint']
-    counts['steps_evaluated'] = compare(evaluations.found, whole, place)
+    counts['steps_evaluated'] = compare(evaluations.found, whole, folder)
     return counts | {'steps': total, 'bitwise_equal': 1}
 
 

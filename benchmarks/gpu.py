@@ -90,21 +90,21 @@ def run(
     wanted = {p: names for p, names in wanted.items() if any((p, n) not in done for n in names)}
     print('to measure: ' + (', '.join(wanted) or 'nothing'), flush=True)
     while wanted and time.monotonic() < deadline:
-        begun = []
+        started = []
         try:
             for part in list(wanted)[:at_once]:
-                begun += [(part, start(group)) for group in jobs(part, wanted.pop(part), read(out), tiny)]
+                started += [(part, start(group)) for group in jobs(part, wanted.pop(part), read(out), tiny)]
                 if not PARTS[part].batch:
                     break
-            heard = [listen(workers) for _, workers in begun]  # nothing is timed while something compiles
-            for (part, workers), (rows, ready) in zip(begun, heard, strict=True):
+            heard = [listen(workers) for _, workers in started]  # nothing is timed while something compiles
+            for (part, workers), (rows, ready) in zip(started, heard, strict=True):
                 measure(rows, ready, PARTS[part], read(out), deadline, out)
                 for w in workers:
                     w.close()
                 for row in rows.values():
                     append(out, row | {'commit': commit})
         finally:
-            for _, workers in begun:
+            for _, workers in started:
                 for w in workers:
                     w.close()
 
@@ -269,9 +269,9 @@ def work(library: str, job: dict) -> None:
     with ThreadPoolExecutor(side.threads) as pool:  # XLA compiles several programs at once
 
         def prepare(name):
-            begun = time.monotonic()
+            start_time = time.monotonic()
             try:
-                return {'name': name} | side.prepare(name) | {'compile_s': time.monotonic() - begun}
+                return {'name': name} | side.prepare(name) | {'compile_s': time.monotonic() - start_time}
             except Exception as e:
                 return {'name': name, 'error': f'{type(e).__name__}: {e}'[:300]}
 
@@ -369,11 +369,11 @@ class Ours:
         state, meter, key = self.states.pop(name) if name in self.states else self.begin[name]()
         step, batch = self.steps[name], {'image': self.images}
         jax.block_until_ready(state)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(steps):
             state, meter = step(state, meter, {}, batch, key)
         jax.block_until_ready((state, meter))
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_time
         self.states[name] = state, meter, key
         return {'seconds': seconds, 'loss': float(meter.sums['loss'] / meter.count)}
 
@@ -537,12 +537,12 @@ class Peer:
         if on_gpu:
             cuda.synchronize()
             cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(steps):
             loss = step()
         if on_gpu:
             cuda.synchronize()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_time
         told = {'seconds': seconds, 'loss': float(loss)}
         return told | ({'memory_gib': cuda.max_memory_allocated() / 2**30} if on_gpu and 'graphs' not in name else {})
 

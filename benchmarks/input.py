@@ -90,10 +90,10 @@ class TensorFlow:
     def time(self, batches: int) -> dict:
         for _ in range(BUFFERED):
             next(self.batches)
-        begun, cpu = time.perf_counter(), cpu_seconds(os.getpid())
+        start_time, cpu = time.perf_counter(), cpu_seconds(os.getpid())
         for _ in range(batches):
             next(self.batches)
-        return {'seconds': time.perf_counter() - begun, 'cpu': cpu_seconds(os.getpid()) - cpu}
+        return {'seconds': time.perf_counter() - start_time, 'cpu': cpu_seconds(os.getpid()) - cpu}
 
 
 class Crops:

@@ -70,9 +70,9 @@ def measure(config, workdir):
     seconds = {name: [] for name in stretches}
     for _ in range(_ROUNDS.value):
         for name, each in stretches.items():
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             next(each)
-            seconds[name].append((time.perf_counter() - begun) / STEPS)
+            seconds[name].append((time.perf_counter() - start_time) / STEPS)
     base = seconds[BASELINE]
     print(f'{config.method}, {_ROUNDS.value} rounds of {STEPS} steps of {config.batch_size} images')
     print('| variant | seconds per step | time, relative (95%) | memory, relative |\n|---|---|---|---|')

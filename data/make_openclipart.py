@@ -3,8 +3,8 @@
     python data/make_openclipart.py --source=DIR [--out=data/openclipart.npz] [--size=32]
 
 DIR holds PNG files in one folder per class (Debian's package openclipart-png, public domain, installs
-/usr/share/openclipart/png). Classes with at least 130 images are kept, without a folder of near-duplicates. Each image is
-cropped to what it draws, put on white, padded to a square and resized.
+/usr/share/openclipart/png). Classes with at least 130 images are kept, without a folder of near-duplicates. Each image
+is cropped to what it draws, put on white, padded to a square and resized.
 
 The file has the splits fold0 to fold4, which `data.train_split='fold1+fold2+fold3+fold4'` joins. Classes are in
 proportion in each fold. Images that look alike, and series of one name, are in the same fold.

@@ -62,7 +62,7 @@ def test_pairs_collide_at_the_expected_rate(kind):
     assert abs(same - chance) < 4 * np.sqrt(chance / 5000) + 1e-9
 
 
-def test_units_are_whole_squares():
+def test_units_are_squares():
     masks, _ = draw(KINDS['unit'], 20, 3)
     m = np.asarray(masks.mask).reshape(20, 3, 2, 2, 2)
     assert (m == m[:, :, :1, :, :1]).all()

@@ -49,12 +49,12 @@ def unreadable(source: sources.Source, data, label: str = '') -> list[str]:
 
     threads = data.threads or tf.data.AUTOTUNE
     ds = source.select(everything).enumerate().map(decode, num_parallel_calls=threads, deterministic=True)
-    begun = shown = time.perf_counter()
+    start_time = shown = time.perf_counter()
     for position, _ in ds.ignore_errors().prefetch(1024).as_numpy_iterator():
         decoded[position] = True
         now = time.perf_counter()
         if now - shown > 10:
-            shown, speed = now, (position + 1) / (now - begun)
+            shown, speed = now, (position + 1) / (now - start_time)
             print(f'{label}{position + 1:,} of {total:,}, ETA {(total - position) / speed:.0f} s', flush=True)
     bad = np.flatnonzero(~decoded)
     examples = source.select([bad]) if len(bad) else ()

@@ -102,27 +102,27 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
         if not missing:
             print('  in the table', flush=True)
             continue
-        place = workdir / 'runs' / f'{mark}_{missing[0]}'
+        run_dir = workdir / 'runs' / f'{mark}_{missing[0]}'
         from_zero = variant == BASELINE and budget == jobs[-1][1]
-        with hold(place):
-            rows = _train(setup, missing, train, test, place, from_zero)
+        with hold(run_dir):
+            rows = _train(setup, missing, train, test, run_dir, from_zero)
         about = {'config': mark, 'method': setup.method, 'variant': variant, 'budget': budget}
         about['commit'] = environment.commit()
         append(path, [about | r for r in rows])
-        shutil.rmtree(place)
+        shutil.rmtree(run_dir)
     return path
 
 
-def _train(config, seeds, train, test, place: Path, from_zero: bool) -> list[dict]:
+def _train(config, seeds, train, test, run_dir: Path, from_zero: bool) -> list[dict]:
     """Rows of one run: every seed at every evaluation, the untrained network included where `from_zero`.
 
-    Resumes what `place` holds.
+    Resumes what `run_dir` holds.
     """
     training = job.prepare(config, len(train[0]))
     total, count = training.total, config.study.evaluations
     create = jax.jit(training.create)
     fresh = [create(s) for s in seeds]
-    rows = Rows(place, seeds, [round(total * (i + 1) / count) for i in range(count)], total, config, fresh[0])
+    rows = Rows(run_dir, seeds, [round(total * (i + 1) / count) for i in range(count)], total, config, fresh[0])
     if rows.start:
         abstract = checkpoint.abstract_like(fresh[0], parallel.replicated(parallel.make_mesh(1)))
         fresh = [s.restore(abstract, rows.start) for s in rows.savers]
@@ -155,7 +155,7 @@ class Rows(Record):
     `rows.json` is written after the checkpoints of its last rows; what was saved without its rows is deleted.
 
     Args:
-      place: the run's folder.
+      run_dir: the run's folder.
       seeds: trained side by side.
       stops: steps of the evaluations.
       total: steps.
@@ -167,16 +167,16 @@ class Rows(Record):
       savers: of the seeds.
     """
 
-    def __init__(self, place: Path, seeds: Sequence[int], stops: Sequence[int], total: int, config, state):
+    def __init__(self, run_dir: Path, seeds: Sequence[int], stops: Sequence[int], total: int, config, state):
         self.logs = self.saves = stops
-        self._seeds, self._total, self._config, self._notes = seeds, total, config, place / 'rows.json'
+        self._seeds, self._total, self._config, self._notes = seeds, total, config, run_dir / 'rows.json'
         kept = json.loads(self._notes.read_text()) if self._notes.exists() else []
         self._rows = {(r['step'], r['seed']): r for r in kept}
         self.start = max((step for step, _ in self._rows), default=0)
-        for path in place.glob('seed*/checkpoints/*'):
+        for path in run_dir.glob('seed*/checkpoints/*'):
             if not self.start or (path.name.isdigit() and int(path.name) > self.start):
                 shutil.rmtree(path)
-        self.savers = [checkpoint.Checkpointer(place / f'seed{s}', keep=2, entries=state.model_state) for s in seeds]
+        self.savers = [checkpoint.Checkpointer(run_dir / f'seed{s}', keep=2, entries=state.model_state) for s in seeds]
 
     @property
     def found(self) -> list[dict]:
@@ -185,7 +185,7 @@ class Rows(Record):
 
     def interval(self, step, meter, waited):
         meter = jax.device_get(meter)  # waits for the steps
-        seconds = (time.perf_counter() - self._begun) / (step - self._from)
+        seconds = (time.perf_counter() - self._start_time) / (step - self._from)
         shown = {n: (v / meter.count).mean() for n, v in meter.sums.items() if n not in ('param_norm', 'learning_rate')}
         self._line = f'{" ".join(f"{k} {v:.4g}" for k, v in shown.items())} | {seconds:.3f} s per step, '
         self._line += f'ETA {seconds * (self._total - step):.0f} s'
@@ -206,7 +206,7 @@ class Rows(Record):
         print(f'  step {step}/{self._total} | {probes} | {self._line}', flush=True)
 
     def restart(self, step):
-        self._from, self._begun = step, time.perf_counter()
+        self._from, self._start_time = step, time.perf_counter()
 
     def close(self):
         for saver in self.savers:

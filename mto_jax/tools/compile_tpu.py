@@ -107,7 +107,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     shardings = training.sharding(mesh)
     meter = jax.eval_shape(lambda: Meter.empty(training.names))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     each = perf.train_flops(training, max(1, config.batch_size // mesh.size))
     least = each * config.batch_size / mesh.size / chip.peak
     out = {
@@ -131,7 +131,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     out |= {
         'fits': f'{"yes" if total <= chip.memory else "no"}: {_gb(total)} of {_gb(chip.memory)}',
         'temporaries per chip': _gb(memory.temp_size_in_bytes),
-        'compiled in': f'{time.perf_counter() - begun:.0f} s',
+        'compiled in': f'{time.perf_counter() - start_time:.0f} s',
     }
     cycles, collectives, unknown = read_hlo(text)
     seconds = cycles / chip.clock

@@ -225,7 +225,7 @@ def test_labels_that_are_no_class(config, tmp_path, feature, label):
 
 
 @pytest.mark.parametrize('labels', [np.array([0.5] * 4), np.array(['a'] * 4), np.zeros((4, 2), int)])
-def test_labels_in_memory_are_whole_numbers(config, tmp_path, labels):
+def test_labels_in_memory_are_integers(config, tmp_path, labels):
     data = config.data
     data.data_dir, data.image_size = str(tmp_path / 'x.npz'), (8, 8)
     np.savez(data.data_dir, train_image=np.zeros((4, 8, 8, 1), np.uint8), train_label=labels)

@@ -419,7 +419,7 @@ def test_evaluations_read_the_split_they_are_given(trained, tmp_path, surface):
     assert recorded['knn_1'] < 0.9
 
 
-def test_results_of_two_checkpoints_do_not_meet(trained, tmp_path, monkeypatch):
+def test_results_of_evaluations_are_kept_apart(trained, tmp_path, monkeypatch):
     """Unset, the workdir names the checkpoint; in one that is given, another's result stays as it is."""
     other = shutil.copytree(trained, tmp_path / 'runs' / 'seed0' / 'other')
     shutil.copytree(other / 'checkpoints' / '2', other / 'checkpoints' / '1')
