@@ -150,13 +150,29 @@ def _with_shift(q, k, v, on_queries, on_keys):
 
 
 def _one_head(q, k, v, bias, shift):
-    """Attention of (B, N, d)."""
+    """Attention of (B, N, d); with a bias (N, M), or one of each device's images (devices, N, M)."""
     products = 1.0 / math.sqrt(q.shape[-1]) * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
-    if bias is not None:
+    if bias is not None and bias.ndim == 3:
+        products = (products.reshape(len(bias), -1, *bias.shape[1:]) + bias[:, None]).reshape(products.shape)
+    elif bias is not None:
         products = products + bias
     if shift is not None:
         products = products + shift[0][:, :, None] * shift[1][:, None, :]
     return jnp.einsum('bqk,bkd->bqd', jax.nn.softmax(products, axis=-1).astype(v.dtype), v)
+
+
+def _per_device(bias: jax.Array, images: int) -> jax.Array:
+    """A bias (h, N, M) once per device along the batch, (h, devices, N, M).
+
+    So each device sums the gradient over its own images, and one reduction follows the loop instead of one per turn.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in ('data', 'fsdp') if name in mesh.axis_names)
+    devices = math.prod(mesh.shape[name] for name in axes)
+    if images % devices:
+        return bias[:, None]
+    bias = jnp.broadcast_to(bias[:, None], (len(bias), devices, *bias.shape[1:]))
+    return jax.lax.with_sharding_constraint(bias, jax.sharding.PartitionSpec(None, axes)) if axes else bias
 
 
 @jax.custom_vjp
@@ -172,6 +188,8 @@ def _head_by_head_fwd(q, k, v, bias, shift):
 def _head_by_head_bwd(kept, gradient):
     """Each head's gradients take the place of its inputs: new arrays would be filled with zeros first."""
     inputs, shift = kept
+    if inputs[3] is not None:
+        inputs = (*inputs[:3], _per_device(inputs[3], len(inputs[0][0])))
 
     def turn(i, arrays):
         one = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
@@ -180,7 +198,8 @@ def _head_by_head_bwd(kept, gradient):
         _, back = jax.vjp(partial(_one_head, shift=shift), *head)
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), arrays, back(back_in))
 
-    return *jax.lax.fori_loop(0, len(gradient), turn, inputs), None
+    *of_tokens, of_bias = jax.lax.fori_loop(0, len(gradient), turn, inputs)
+    return *of_tokens, None if of_bias is None else of_bias.sum(1), None
 
 
 _head_by_head.defvjp(_head_by_head_fwd, _head_by_head_bwd)

@@ -1,5 +1,8 @@
 """Every form of attention against a form in numpy, and what the forms in a kernel leave out of the program."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from configs import mae_mto, simmim_mto
 from mto_jax import attention, mto
+from mto_jax.runtime import parallel
 from mto_jax.training import job
 from tests.conftest import shrink
 
@@ -168,3 +172,29 @@ def test_no_square_of_tokens_on_a_gpu(config, preset, monkeypatch):
     tokens = training.objective.method.arch.num_patches + 1
     for n in (tokens, tokens + 1):
         assert f'tensor<4x{c.mae.decoder_heads}x{n}x{n}x' not in text
+
+
+def test_one_head_at_a_time_reduces_once(rng):
+    """On a mesh the gradient of the bias is reduced over the devices after the loop, not in each of its turns."""
+    heads = 6
+    q, k, v = (jnp.asarray(rng.normal(size=(16, 20, heads, D)), jnp.float32) for _ in range(3))
+    bias = jnp.asarray(rng.normal(size=(heads, 20, 20)), jnp.float32)
+    mesh = parallel.make_mesh(4, 2)
+    batch = jax.sharding.NamedSharding(mesh, parallel.BATCH)
+    split = [jax.device_put(x, batch) for x in (q, k, v)]
+
+    def total(form, q, k, v, bias):
+        out, _ = form(q, k, v, attention.Conditioning(bias=bias))
+        return jnp.sin(out).sum()
+
+    def gradients(form):
+        return jax.jit(jax.grad(partial(total, form), argnums=(0, 1, 2, 3)))
+
+    wanted = gradients(attention.DotProduct())(q, k, v, bias)
+    with jax.set_mesh(mesh):
+        compiled = gradients(attention.DotProduct('heads')).lower(*split, bias).compile()
+        found = compiled(*split, bias)
+    close(map(np.asarray, found), map(np.asarray, wanted), 'float32')
+    text = compiled.as_text()
+    where = [part for part in text.split('\n\n') if re.search(r' all-reduce(-start)?\(', part)]
+    assert [part.startswith('ENTRY') for part in where] == [True]
