@@ -47,16 +47,17 @@ def step_memory(training: job.Job) -> int:
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
-def measure(config, workdir):
-    """Time the variants at the largest budget and the first seed; writes nothing."""
+def measure(config, names, rounds: int) -> list[dict]:
+    """A row per variant of the study `config`: at the largest budget and the first seed.
+
+    Args:
+      names: of variants; the baseline is always timed too.
+    """
     cpu.keep_memory()
     images = memory.load(config.data, config.data.train_split)[0]
     seeds = config.study.seeds[:1]
-    wanted = {BASELINE, *(_VARIANTS.value or config.study.variants)}
-    if unknown := sorted(wanted - set(config.study.variants)):
-        raise UserError(f'--variants names {unknown}; the study has {", ".join(config.study.variants)}')
     # Budgets ascend: the largest stays.
-    setups = {name: setup for name, _, _, setup in study.grid(config) if name in wanted}
+    setups = {name: setup for name, _, _, setup in study.grid(config) if name in {BASELINE, *names}}
     stretches, memory_taken = {}, {}
     for name, setup in setups.items():
         training = job.prepare(setup, len(images))
@@ -68,20 +69,32 @@ def measure(config, workdir):
         next(stretches[name])
         print(f'{name}: compiled', flush=True)
     seconds = {name: [] for name in stretches}
-    for _ in range(_ROUNDS.value):
+    for _ in range(rounds):
         for name, each in stretches.items():
             start_time = time.perf_counter()
             next(each)
             seconds[name].append((time.perf_counter() - start_time) / STEPS)
-    base = seconds[BASELINE]
+    rows = []
+    for name, found in seconds.items():
+        mean, half = speed.paired(np.divide(found, seconds[BASELINE]), np.zeros(rounds))
+        more = memory_taken[name] / memory_taken[BASELINE]
+        row = {'variant': name, 'seconds': statistics.median(found), 'time': mean, 'time_half': half, 'memory': more}
+        rows.append(row)
+    return rows
+
+
+def main(config, workdir):
+    """Print a table; writes nothing."""
+    del workdir
+    if unknown := sorted(set(_VARIANTS.value) - set(config.study.variants)):
+        raise UserError(f'--variants names {unknown}; the study has {", ".join(config.study.variants)}')
+    rows = measure(config, _VARIANTS.value or config.study.variants, _ROUNDS.value)
     print(f'{config.method}, {_ROUNDS.value} rounds of {STEPS} steps of {config.batch_size} images')
     print('| variant | seconds per step | time, relative (95%) | memory, relative |\n|---|---|---|---|')
-    for name, found in seconds.items():
-        mean, half = speed.paired(np.divide(found, base), np.zeros(len(base)))
-        more = memory_taken[name] / memory_taken[BASELINE]
-        spread = f'{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})'
-        print(f'| {name} | {statistics.median(found):.4f} | {spread} | {more:.3f} |')
+    for r in rows:
+        spread = f'{r["time"]:.3f} ({r["time"] - r["time_half"]:.3f} to {r["time"] + r["time_half"]:.3f})'
+        print(f'| {r["variant"]} | {r["seconds"]:.4f} | {spread} | {r["memory"]:.3f} |')
 
 
 if __name__ == '__main__':
-    cli.start(measure)
+    cli.start(main)
