@@ -1,0 +1,62 @@
+"""The benchmarks on a CPU in their smallest forms: what their rows hold. Nothing is said of the times."""
+
+import importlib.util
+import os
+
+import pytest
+
+from benchmarks import cpu_peer, step_cost
+from benchmarks import input as pipeline
+from mto_jax.config import get_config
+from mto_jax.training import job
+
+TORCH = all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
+
+
+def test_relative_cost_of_a_variant(config, monkeypatch):
+    """The baseline's is one; a variant that keeps more for the backward pass takes more memory."""
+    monkeypatch.setattr(step_cost, 'STEPS', 1)
+    config.data.crop, config.data.train_split, config.epochs = 'resize', 'train[:64]', 1.0
+    config.model.depth = config.mae.decoder_depth = 1
+    config.study.variants = {'baseline': {}, 'mto': {'mto': {'enabled': True, 'w_spa': 1.0}}, 'left out': {'seed': 1}}
+    first, second = step_cost.measure(config, ('mto',), 2)
+    assert (first['variant'], first['time'], first['memory']) == ('baseline', 1.0, 1.0)
+    assert second['variant'] == 'mto'
+    assert second['time'] > 0
+    assert second['memory'] >= 1.0
+    assert step_cost.step_memory(job.prepare(config, 64)) > 0
+
+
+@pytest.mark.slow
+def test_parts_of_the_input_pipeline():
+    read, decode, full = pipeline.measure(64, 1, 1, pipeline.CONTESTANTS[:-1])
+    assert (read['name'], decode['name'], full['name']) == ('read', 'decode', 'full')
+    assert all(r['images_per_s'] > 0 for r in (read, decode, full))
+    assert decode['over_decode'] == 1.0
+    assert full['images'] == pipeline.BATCH
+    assert 'over_torch' not in full
+
+
+def test_cpu_seconds_count_children(tmp_path):
+    """More than nothing, and of a process that is not there nothing."""
+    assert pipeline.cpu_seconds(os.getpid()) > 0.1
+    assert pipeline.cpu_seconds(2**30) == 0
+
+
+@pytest.mark.peers
+def test_the_step_against_its_peer(monkeypatch):
+    """The losses of the same weights agree, or it raises; then a row each."""
+    if not TORCH:
+        pytest.skip('PyTorch or transformers is not installed (requirements-peers.txt)')
+    monkeypatch.setattr(cpu_peer, 'SECONDS', 0.01)
+    ours, peer = cpu_peer.measure('tiny', 2, 1, cpu_peer.CONTESTANTS[:2])
+    assert (ours['name'], ours['ours_over_it'], peer['name']) == ('ours', 1.0, 'peer, eager')
+    assert 0 < peer['ours_over_it_min'] <= peer['ours_over_it'] <= peer['ours_over_it_max']
+    assert peer['peak_gib'] > 0.1
+
+
+def test_sizes_have_configs():
+    for size in cpu_peer.SIZES:
+        config = cpu_peer.config_of(size)
+        assert (config.model.dtype, config.mto.enabled) == ('float32', False)
+        assert set(config) == set(get_config())
