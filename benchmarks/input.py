@@ -10,8 +10,9 @@ page cache. One long-lived process per contestant, each with two threads or work
   full      `pipeline.train_batches`: crop, antialiased bicubic resize to 224, uint8
   torch     DataLoader with two workers: PIL's crop and bicubic resize to 224, uint8
 
-CPU-ms per image are those of the process and its workers. It needs the machine to itself, and requirements-peers.txt
-for the last row.
+CPU-ms per image are those of the process and its workers. `psnr_db` of the full pipeline is the mean over images of
+random crops, decoded and resized as it does, against PIL's crop and antialiased bicubic resize. It needs the machine to
+itself, and requirements-peers.txt for the last row.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from benchmarks import gpu
 
@@ -38,7 +40,6 @@ AREA, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 def make(root: Path, count: int) -> int:
     """Write `count` JPEGs to root/train/<photograph>/; returns their bytes."""
     import skimage.data
-    from PIL import Image
 
     rng, total = np.random.default_rng(0), 0
     for i in range(count):
@@ -96,6 +97,26 @@ class TensorFlow:
         return {'seconds': time.perf_counter() - start_time, 'cpu': cpu_seconds(os.getpid()) - cpu}
 
 
+def psnr(root: Path, count: int) -> float:
+    """Mean PSNR in dB of our crops of `count` images against PIL's of the same windows."""
+    import tensorflow as tf
+
+    from configs import mae
+    from mto_jax.data import pipeline
+
+    data, found = mae.get_config().data, []
+    data.crop_area = AREA
+    for i, path in enumerate(sorted(Path(root).rglob('*.jpg'))[:count]):
+        encoded, seed = tf.constant(path.read_bytes()), tf.constant([0, i], tf.int64)
+        y, x, h, w = pipeline._window(encoded, seed, data).numpy().tolist()
+        ours = pipeline.train_image(encoded, seed, data).numpy()
+        with Image.open(path) as image:
+            part = image.convert('RGB').crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        error = np.mean((ours.astype(np.float64) - np.asarray(part)) ** 2)
+        found.append(20 * np.log10(255) - 10 * np.log10(max(error, 1e-9)))
+    return float(np.mean(found))
+
+
 class Crops:
     """A map-style data set: torchvision's RandomResizedCrop with PIL, to uint8 (3, 224, 224)."""
 
@@ -107,7 +128,6 @@ class Crops:
 
     def __getitem__(self, index: int):
         import torch
-        from PIL import Image
 
         rng = np.random.default_rng(index)
         with Image.open(self.paths[int(rng.integers(len(self.paths)))]) as image:
@@ -177,6 +197,7 @@ def measure(images: int, rounds: int, batches: int, names=CONTESTANTS) -> list[d
         finally:
             for worker in workers.values():
                 worker.close()
+        quality = psnr(Path(root), 64) if 'full' in names else None
     rows, count = [], batches * BATCH
     for name, each in told.items():
         speeds = [count / t['seconds'] for t in each]
@@ -188,6 +209,8 @@ def measure(images: int, rounds: int, batches: int, names=CONTESTANTS) -> list[d
                 ratios = [t['seconds'] / own['seconds'] for t, own in zip(told[other], each, strict=True)]
                 row[f'over_{other}'] = statistics.median(ratios)
                 row |= {f'over_{other}_min': min(ratios), f'over_{other}_max': max(ratios)}
+        if name == 'full':
+            row['psnr_db'] = quality
         rows.append(row | {'rounds': rounds, 'images': count, 'threads': THREADS})
     return rows
 

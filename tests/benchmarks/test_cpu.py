@@ -37,6 +37,16 @@ def test_parts_of_the_input_pipeline():
     assert 'over_torch' not in full
 
 
+def test_crops_against_pil(tmp_path):
+    """Our crops are close to PIL's of the same windows; those of other windows are not."""
+    pipeline.make(tmp_path, 4)
+    assert pipeline.psnr(tmp_path, 4) > 38
+    crop = pipeline.Image.Image.crop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.Image.Image, 'crop', lambda image, box: crop(image, (0, 0, 100, 100)))
+        assert pipeline.psnr(tmp_path, 4) < 25
+
+
 def test_cpu_seconds_count_children(tmp_path):
     """More than nothing, and of a process that is not there nothing."""
     assert pipeline.cpu_seconds(os.getpid()) > 0.1
