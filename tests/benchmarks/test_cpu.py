@@ -1,11 +1,13 @@
 """The benchmarks on a CPU in their smallest forms: what their rows hold. Nothing is said of the times."""
 
 import importlib.util
+import json
 import os
+import sys
 
 import pytest
 
-from benchmarks import cpu_peer, step_cost
+from benchmarks import cpu_peer, guard, step_cost
 from benchmarks import input as pipeline
 from mto_jax.config import get_config
 from mto_jax.training import job
@@ -70,3 +72,23 @@ def test_sizes_have_configs():
         config = cpu_peer.config_of(size)
         assert (config.model.dtype, config.mto.enabled) == ('float32', False)
         assert set(config) == set(get_config())
+
+
+def test_guard_names_what_fell(tmp_path, monkeypatch, capsys):
+    """More than a tenth above the stored ratio fell; what is new or left out is neither, and --write keeps it."""
+    found = {'a': 1.0, 'b': 2.0}
+    for part in ('mto_costs', 'input_pipeline', 'against_peers'):
+        monkeypatch.setattr(guard, part, lambda *_: {})
+    monkeypatch.setattr(guard, 'seeds_at_once', lambda: found)
+    monkeypatch.setattr(guard, 'STORED', tmp_path / 'guard.json')
+    monkeypatch.setattr(sys, 'argv', ['guard', '--write'])
+    guard.main()
+    capsys.readouterr()
+    found = {'a': 1.09, 'b': 2.21, 'new': 9.0}
+    monkeypatch.setattr(sys, 'argv', ['guard'])
+    guard.main()
+    rows = {line.split()[-1]: line for line in capsys.readouterr().out.splitlines()}
+    assert 'ok' in rows['a']
+    assert 'FELL' in rows['b']
+    assert not {'ok', 'FELL'} & set(rows['new'].split())
+    assert json.loads((tmp_path / 'guard.json').read_text()) == {'a': 1.0, 'b': 2.0}
