@@ -235,7 +235,7 @@ def run(kills: int, seed: int, folder: Path, ways=DAMAGES) -> dict[str, int]:
     counts = dict.fromkeys(('kills', 'in_a_save', 'damages', 'damages_noticed', 'flips_of_unused_bits'), 0)
     moments = sorted(rng.sample(range(2 * EVERY + 1, total - 2 * EVERY), kills))
     damages = dict(zip(sorted(rng.sample(range(kills // 2, kills), len(ways))), ways, strict=True))
-    evaluations, expected = Evaluations(part, folder), 0
+    evaluations, expected, damaged = Evaluations(part, folder), 0, set()
     evaluations.start()
     for i, moment in enumerate(moments):
         # Before the newest checkpoint is damaged, one more must be there to go back to.
@@ -257,6 +257,7 @@ def run(kills: int, seed: int, folder: Path, ways=DAMAGES) -> dict[str, int]:
         if i in damages:
             done = damage(part / 'checkpoints' / str(steps[-1]), damages[i], rng)
             counts['damages'] += 1
+            damaged.add(steps[-1])
             expected = steps[-2]
             print(f'  damaged step {steps[-1]}: {damages[i]}, {done}', flush=True)
             # One that surely meets the damage; it may lie in what an evaluation does not read.
@@ -284,6 +285,8 @@ def run(kills: int, seed: int, folder: Path, ways=DAMAGES) -> dict[str, int]:
     assert names[0] == names[1], f'evaluations left {names[1] - names[0]} in the workdir'
     for error in evaluations.errors:
         assert any(words in error for words in EXPECTED), error
+        found = re.search(r'checkpoints/(\d+) ', error)
+        assert EXPECTED[0] in error or int(found[1]) in damaged, f'of no damaged checkpoint: {error}'
     counts['evaluations'] = len(evaluations.found)
     counts['evaluations_that_found_no_checkpoint'] = sum(EXPECTED[0] in e for e in evaluations.errors)
     counts['evaluations_that_found_damage'] = len(evaluations.errors) - counts['evaluations_that_found_no_checkpoint']
