@@ -19,10 +19,11 @@ from mto_jax.runtime.hosts import flatten
 
 BEAT = 15.0  # seconds between two signs of life of the job that holds a workdir
 STALE = 60.0  # seconds without one after which it counts as dead
+PART = '.part'  # ends the name of a file that is being written
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
-    """Write a file in one piece: whoever reads it sees the old or the new one, also after a kill.
+    """Write a file atomically: readers see the old or the new one, also after a kill.
 
     Raises:
       UserError: where it cannot be written. The old one is there then.
@@ -31,14 +32,14 @@ def write(path: epath.Path, content: str | bytes) -> None:
         _write(path, content)
     except OSError as e:
         raise UserError(
-            f'{path} cannot be written: {e.strerror or e}. Make room or choose another --workdir; the same command '
-            'resumes what was saved'
+            f'{path} cannot be written: {e.strerror or e}. Free some space or choose another --workdir; the same '
+            'command resumes'
         ) from None
 
 
 def _write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f'{path.name}.{uuid.uuid4().hex[:8]}.part'
+    part = path.parent / f'{path.name}.{uuid.uuid4().hex[:8]}{PART}'
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
@@ -60,6 +61,8 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = _Lock(workdir / 'lock.json')
         lock.take()
+        for left in workdir.glob(f'*{PART}'):  # by a job that was killed while it wrote
+            left.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f'the workdir {workdir} cannot be written: {e.strerror or e}') from None
     try:

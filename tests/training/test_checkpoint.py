@@ -231,6 +231,22 @@ def test_two_jobs_cannot_share_a_workdir(tmp_path):
     assert not (tmp_path / 'lock.json').exists()
 
 
+def test_what_a_killed_write_left_is_removed(tmp_path, monkeypatch):
+    """By the next job that holds the workdir; nothing else is."""
+
+    def killed(*_):
+        raise KeyboardInterrupt  # as SIGKILL, it is no OSError: nothing is tidied up
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path(tmp_path)), 'replace', killed)
+        with pytest.raises(KeyboardInterrupt):
+            workdir.write(epath.Path(tmp_path) / 'metrics.jsonl', 'x')
+    (tmp_path / 'notes.txt').write_text('mine')
+    assert len(list(tmp_path.glob('*.part'))) == 1
+    with workdir.hold(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == ['lock.json', 'notes.txt']
+
+
 def test_a_dead_jobs_workdir_is_taken_over(tmp_path):
     """Of this host, its process being gone; of another host, after a time without a sign of life."""
     gone = subprocess.Popen([sys.executable, '-c', ''])
