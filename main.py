@@ -4,7 +4,7 @@ from absl import flags
 
 from mto_jax import cli
 
-_CHECK = flags.DEFINE_bool('check', False, 'Decode every image of the data set once and list what cannot be.')
+_CHECK = flags.DEFINE_bool('check', False, 'Decode every image of the data set once and list the images that fail.')
 
 
 def main(config, workdir):

@@ -1,4 +1,4 @@
-"""Makes the embedded data set: 10,000 training and 2,000 test images of Fashion-MNIST, in TFDS form.
+"""Makes the bundled data set: 10,000 training and 2,000 test images of Fashion-MNIST, in TFDS form.
 
     python data/make_fashion_mnist.py --source=DIR [--out=data] [--train=10000 --test=2000] [--format=array_record]
 

@@ -1,8 +1,8 @@
 """Masked token optimization (MTO): weight recalibration, heterogeneity, and its three losses.
 
 Source of the idea: "Emerging Property of Masked Token for Effective Pre-training" (arXiv 2404.08330, ECCV 2024).
-Its equations are not public to us: every formula here is this project's own reading of the abstract and of published
-summaries (docs/method.md keeps the two apart). Everything is a pure function on arrays and knows no model.
+Its equations were not available to us: every formula here is this project's own reading of the abstract and of
+published summaries (docs/method.md keeps the two apart). Everything is a pure function on arrays and knows no model.
 
 Notation: B images, h heads, N tokens of which the first P are prefix (class) tokens, L blocks of the stack that carries
 masked tokens. `masked` is bool (B, N), False for prefix tokens: they count as visible in the attention terms and belong

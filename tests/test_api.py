@@ -86,7 +86,7 @@ def model(run):
     return api.load(run[0])
 
 
-def test_what_is_loaded(run, model):
+def test_loaded_models(run, model):
     """The very values, from a workdir or one of its steps, and no TensorFlow shape of images needed."""
     where, method, params, _ = run
     for found in (model, api.load(f'{where}/checkpoints/5')):
@@ -221,7 +221,7 @@ def test_weights_from_elsewhere(tmp_path, run, model, rng):
     assert api.load(tmp_path / 'mae', image_size=56).embed(images).shape == (3, 16)
     with pytest.raises(UserError, match='width 16 does not divide by 3 heads'):
         api.load(tmp_path / 'mae', heads=3)
-    with pytest.raises(UserError, match='no checkpoint of a training'):
+    with pytest.raises(UserError, match='is not the checkpoint of a run'):
         api.load(tmp_path / 'mae', 'teacher')
 
 
@@ -243,7 +243,7 @@ def test_a_classifier_from_elsewhere(tmp_path, rng):
     np.testing.assert_allclose(got, api.load(where).classify(images), rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_loaded(run, tmp_path, rng):
+def test_load_errors(run, tmp_path, rng):
     where, *_ = run
     probe = save(small(task='probe', checkpoint='x'), tmp_path / 'probe', {'head': jnp.zeros(1)}, {})
     for path, options, problem in (
@@ -259,7 +259,7 @@ def test_what_cannot_be_loaded(run, tmp_path, rng):
             api.load(path, **options)
 
 
-def test_what_cannot_be_embedded(model, rng, tmp_path):
+def test_embed_errors(model, rng, tmp_path):
     images = pixels(rng, 3)
     (tmp_path / 'a.jpg').write_text('words')
     for given, problem in (

@@ -245,14 +245,14 @@ def images(config, tmp_path, rng):
     [
         ({'data.val_split': 'flat'}, "the split 'flat' has no labels, which kNN during training (eval.every_epochs"),
         ({'data.val_split': 'val[:150%]'}, "the split 'val[:150%]' goes to 150%; it must be at most 100%"),
-        ({'data.train_split': 'unlabeled'}, "the split 'unlabeled' has no labels, which kNN on the way"),
+        ({'data.train_split': 'unlabeled'}, "the split 'unlabeled' has no labels, which kNN during training"),
         ({'data.val_split': 'tiny'}, "the split 'tiny' has classes that 'train' lacks: images, val. A class is"),
         ({'data.num_classes': 1}, 'data.num_classes is 1; train has 2 classes'),
         ({'task': 'compare', 'eval.every_epochs': 0.0, 'data.test_split': 'flat'}, 'which a comparison needs'),
     ],
     ids=['flat validation', 'beyond', 'unlabelled training', 'other classes', 'few classes', 'comparison'],
 )
-def test_what_the_first_evaluation_would_need(images, fails, changes, words):
+def test_first_evaluation_is_checked_at_the_start(images, fails, changes, words):
     assert words in fails({'eval.every_epochs': 1.0} | changes)
 
 

@@ -481,7 +481,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ('name', 'options'), [('mae', None), ('mae', OPTIONS[1]), ('simmim', None), *(('simmim', o) for o in OPTIONS)]
 )
-def test_what_is_shown_depends_on_no_setting(config, name, options, monkeypatch, rng):
+def test_diagnosis_depends_on_no_setting(config, name, options, monkeypatch, rng):
     """The diagnosis of a run without MTO, and with any of its options, is one numpy form of logits and tokens."""
     config.method, config.mask_ratio, config.model.relative_bias = name, 0.5, name == 'simmim'
     if options is not None:

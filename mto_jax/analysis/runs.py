@@ -1,4 +1,4 @@
-"""Trainings as their workdirs hold them, for what is shown of one or several."""
+"""Training runs loaded from their workdirs, for plots and reports."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Foreign files: read without running what they hold, and written in one piece."""
+"""Foreign files: read without executing anything in them, and written atomically."""
 
 import contextlib
 import dataclasses

@@ -108,15 +108,15 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     meter = jax.eval_shape(lambda: Meter.empty(training.names))
     key = jax.eval_shape(lambda: jax.random.key(0))
     start_time = time.perf_counter()
-    each = perf.train_flops(training, max(1, config.batch_size // mesh.size))
-    least = each * config.batch_size / mesh.size / chip.peak
+    flops_per_image = perf.train_flops(training, max(1, config.batch_size // mesh.size))
+    roofline_seconds = flops_per_image * config.batch_size / mesh.size / chip.peak
     out = {
         'mesh': ', '.join(f'{n} {s}' for n, s in mesh.shape.items()),
         'batch': f'{config.batch_size} ({config.batch_size / mesh.size:g} per chip)',
         'parameters and optimizer per chip': f'{_gb(_held(state.params, shardings.params))}, '
         f'{_gb(_held(state.opt_state, shardings.opt_state))}',
-        'GFLOPs an image (matrix products, forward + backward)': f'{each / 1e9:.1f}',
-        'roofline': f'{1e3 * least:.1f} ms a step',
+        'GFLOPs per image (matrix products, forward + backward)': f'{flops_per_image / 1e9:.1f}',
+        'roofline': f'{1e3 * roofline_seconds:.1f} ms per step',
     }
     try:
         with jax.set_mesh(mesh):
@@ -126,8 +126,10 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
             raise
         return out | {'fits': f'no: {_reason(str(e))}'}
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + beside + memory.generated_code_size_in_bytes
+    extra_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = (
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes + extra_bytes + memory.generated_code_size_in_bytes
+    )
     out |= {
         'fits': f'{"yes" if total <= chip.memory else "no"}: {_gb(total)} of {_gb(chip.memory)}',
         'temporaries per chip': _gb(memory.temp_size_in_bytes),
@@ -144,7 +146,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
         'estimated step': f'at least {1e3 * seconds:.1f} ms, with {"; ".join(unknown)}'
         if unknown
         else f'{1e3 * seconds:.1f} ms without exposed collectives, '
-        f'{config.batch_size / seconds:.0f} images/s, {least / seconds:.0%} MFU',
+        f'{config.batch_size / seconds:.0f} images/s, {roofline_seconds / seconds:.0%} MFU',
     }
 
 

@@ -60,8 +60,8 @@ def matmul_flops(fn: Callable, *args) -> int:
 
 
 def train_flops(job, images: int) -> float:
-    """FLOPs an image of forward and backward pass, of matrix products: three times the forward pass, or where a part is
-    frozen what both really take.
+    """FLOPs per image of the matrix products, forward and backward: three times the forward pass, or what both really
+    take if a part is frozen.
 
     Args:
       job: a `job.Job`.

@@ -172,7 +172,7 @@ def test_accuracies_of_a_comparison(runs, tmp_path):
     assert page.row('b') == ['1', '0.25', '1']
 
 
-def test_what_is_missing_or_damaged_is_named(config, tmp_path):
+def test_missing_or_damaged_files_are_named(config, tmp_path):
     config.task = 'report'
     for runs, word in (('', 'report.runs'), (str(tmp_path / 'none'), 'no config.json')):
         config.report.runs = runs
@@ -206,7 +206,7 @@ def test_a_report_that_fails_costs_nothing_else(runs, tmp_path, capsys):
     assert 'no config.json' in out
 
 
-def test_what_a_watch_found_is_no_loss(config, tmp_path):
+def test_findings_of_a_watch_are_no_losses(config, tmp_path):
     """A name that nobody has listed: with the terms of every step it is a loss, from a watch alone it is measured."""
     rows = [{'step': s, 'loss': 1.0 / s, 'colour': 0.5, 'images_per_s': 9.0} for s in (1, 2)]
     record(tmp_path / 'a', config.to_dict(), [*rows, {'step': 2, 'effective_rank': 3.5}])

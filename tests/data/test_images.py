@@ -464,7 +464,7 @@ def test_other_formats_are_read_as_pil_sees_them():
         pipeline.decode(saved(base.convert('F'), 'TIFF'), 3)
 
 
-def test_what_a_folder_holds_is_said(tmp_path, capsys):
+def test_contents_of_a_folder_are_reported(tmp_path, capsys):
     """Images, classes and what is skipped; hidden files are not there, and a class of unknown files is named."""
     files = {
         f'train/a/{n}': b'' for n in ('1.webp', '2.tif', '3.jfif', '4.avif', '5.JPG', '._5.JPG', 'boxes.txt', 'LICENSE')

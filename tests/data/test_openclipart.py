@@ -21,7 +21,7 @@ def test_images_are_cropped_put_on_white_and_padded(tmp_path):
     assert made.drawn(tmp_path / 'empty.png', 16) is None
 
 
-def test_what_looks_alike_or_has_one_name_is_a_group(rng):
+def test_similar_images_and_series_form_groups(rng):
     images = rng.integers(0, 256, (5, 32, 32, 3), np.uint8)
     images[3] = np.clip(images[1].astype(int) + 3, 0, 255)
     groups = made.groups_of(images, ['a/x_01', 'a/y', 'a/x_02', 'b/z', 'b/x_01'])

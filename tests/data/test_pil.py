@@ -51,7 +51,7 @@ def test_a_shift_of_one_pixel_would_show(data):
     assert abs(got[:, 1:] - got[:, :-1]).mean() > 3
 
 
-def test_what_an_image_may_be(data, tmp_path, rng):
+def test_accepted_images(data, tmp_path, rng):
     """A path, its text, a PIL image and an array are one image; an array of the model's size stays as it is."""
     image = photo(1)
     image.save(tmp_path / 'cat.png')
@@ -67,7 +67,7 @@ def test_what_an_image_may_be(data, tmp_path, rng):
     np.testing.assert_array_equal(got[..., 2:], pil.prepare(five[..., 2:], data))
 
 
-def test_what_it_may_not_be(data, tmp_path):
+def test_refused_images(data, tmp_path):
     (tmp_path / 'words.jpg').write_text('no image')
     (tmp_path / 'short.jpg').write_bytes(jpeg(photo(0))[:2000])
     for name, problem in (('words.jpg', 'cannot identify'), ('short.jpg', 'truncated'), ('gone.jpg', 'No such file')):

@@ -166,7 +166,7 @@ def test_both_generations_of_hugging_faces_names(rng, tmp_path, kind, method):
     made.assert_same(first, exchange.read(file(tmp_path / 'x.safetensors', other), heads=4, decoder_heads=2))
 
 
-def test_what_is_read_from_shapes_and_hints(rng, tmp_path):
+def test_shapes_and_hints(rng, tmp_path):
     fields = {'model__mlp_ratio': 2.6, 'model__class_token': False, 'data__image_size': (16, 40), 'data__channels': 5}
     first = made.encoder(rng, data__mean=(0.1,) * 5, data__std=(0.2,) * 5, **fields)
     path = file(tmp_path / 'x.safetensors', arrays(first, 'timm_vit'))
@@ -205,7 +205,7 @@ def test_weights_in_several_files(rng, tmp_path):
     made.assert_same(first, exchange.read(tmp_path))
 
 
-def test_what_is_left_out_is_named(rng, tmp_path):
+def test_omitted_arrays_are_named(rng, tmp_path):
     """An unused head, running statistics and an index that can be computed."""
     first = made.weights(rng, 'conmim')
     more = {
@@ -371,7 +371,7 @@ def test_positions_that_a_decoder_cannot_keep(rng, tmp_path):
         ('mae', 'simmim', '', {}, r'relative positions, layer scale'),
     ],
 )
-def test_what_a_target_cannot_express(rng, tmp_path, target, method, pool, fields, words):
+def test_targets_name_unsupported_features(rng, tmp_path, target, method, pool, fields, words):
     weights = made.encoder(rng, method, pool, **fields)
     with pytest.raises(UserError, match=words):
         exchange.write(weights, tmp_path / 'out', target)

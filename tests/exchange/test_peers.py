@@ -19,7 +19,7 @@ from mto_jax.models import vit
 from tests.conftest import forward
 from tests.exchange import made
 
-pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings('default')]  # the peers' own warnings are not ours to mend
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings('default')]  # the peers' own warnings are not ours to fix
 
 
 @pytest.fixture

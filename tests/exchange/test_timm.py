@@ -149,7 +149,7 @@ def test_in_from_their_own_beit(rng, torch, timm, tmp_path):
         ({'global_pool': 'map'}, 'attention pooling'),
     ],
 )
-def test_what_ours_have_not_is_named(torch, timm, tmp_path, arguments, words):
+def test_unsupported_features_are_named(torch, timm, tmp_path, arguments, words):
     peer = timm.models.VisionTransformer(24, 6, 3, 5, embed_dim=24, depth=1, num_heads=3, **arguments)
     torch.save(peer.state_dict(), tmp_path / 'x.pth')
     with pytest.raises(UserError, match=words):

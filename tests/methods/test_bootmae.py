@@ -491,6 +491,6 @@ def test_pictures_undo_the_normalisation(rng):
         ({'mask_ratio': 0.97}, 'mask_ratio is 0.97'),
     ],
 )
-def test_what_does_not_fit_is_named(changes, words):
+def test_invalid_settings_are_named(changes, words):
     with pytest.raises(UserError, match=words):
         methods.build(small(**changes))

@@ -19,7 +19,7 @@ from mto_jax import losses, methods
 from mto_jax.training import optim, schedules
 from tests.conftest import forward, randomised
 
-pytestmark = pytest.mark.filterwarnings('default')  # the peers' own warnings are not ours to mend
+pytestmark = pytest.mark.filterwarnings('default')  # the peers' own warnings are not ours to fix
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ TENSOR = {  # what a pair of devices on the axis 'tensor' splits of ViT-B, and o
 
 
 @pytest.mark.parametrize('prefix', ['params', 'opt_state/1/0/mu', 'model_state/teacher'])
-def test_what_the_tensor_axis_splits(prefix):
+def test_split_of_the_tensor_axis(prefix):
     shapes = {f'{prefix}/{path}': jax.ShapeDtypeStruct(shape, np.float32) for path, (shape, _) in TENSOR.items()}
     found = parallel.shardings(traverse_util.unflatten_dict(shapes, sep='/'), parallel.make_mesh(1, 1, 2))
     found = {path: sharding.spec for path, sharding in traverse_util.flatten_dict(found, sep='/').items()}

@@ -70,7 +70,7 @@ def test_a_compiled_program_is_read():
         ('"AsyncCollectiveDone"', '"tpu_custom_call"', 283, '1 calls of a kernel of unknown cost'),
     ],
 )
-def test_what_the_estimate_leaves_out_is_said(known, unknown, cycles, words):
+def test_the_estimate_names_its_omissions(known, unknown, cycles, words):
     found = compile_tpu.read_hlo(PROGRAM.replace(known, unknown))
     assert (found[0], found[2]) == (cycles, [words])
 
@@ -87,7 +87,7 @@ def test_what_the_estimate_leaves_out_is_said(known, unknown, cycles, words):
         ('RESOURCE_EXHAUSTED: No room at all\nand a long list', 'No room at all'),
     ],
 )
-def test_what_does_not_fit_is_a_line(error, word):
+def test_a_batch_that_does_not_fit_is_one_line(error, word):
     """The compiler's own words for too little memory."""
     assert compile_tpu._reason(error).endswith(word)
 
@@ -108,7 +108,7 @@ def test_matrix_products_are_counted():
     [(mae, 'vit_b', 58.5), (mae, 'vit_l', 124.2), (mae, 'vit_h', 291), (simmim, 'b', 105.3)],
 )
 def test_published_flops(module, size, published):
-    """GFLOPs an image of forward and backward pass, as computed from the papers' architectures."""
+    """GFLOPs per image of forward and backward pass, as computed from the papers' architectures."""
     config = module.get_config(size) if module is mae else module.get_config()
     assert perf.train_flops(job.prepare(config, 5000), 4) / 1e9 == pytest.approx(published, rel=0.01)
 

@@ -231,7 +231,7 @@ def test_two_jobs_cannot_share_a_workdir(tmp_path):
     assert not (tmp_path / 'lock.json').exists()
 
 
-def test_what_a_killed_write_left_is_removed(tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_write_are_removed(tmp_path, monkeypatch):
     """By the next job that holds the workdir; nothing else is."""
 
     def killed(*_):

@@ -169,7 +169,7 @@ def test_each_example_counts_once_on_any_mesh(config, rng):
         ('eval.weights', 'teacher', r'eval\.weights is .teacher.'),
     ],
 )
-def test_what_cannot_be_is_said_before_any_work(config, tmp_path, field, value, words):
+def test_impossible_configs_are_refused_before_any_work(config, tmp_path, field, value, words):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=words):
         tasks.run(config, tmp_path / 'run')

@@ -359,7 +359,7 @@ def test_bad_label_maps_are_named(on_scenes, tmp_path, field, value, words):
         ('data.image_size', (30, 28), r'height 30 does not divide'),
     ],
 )
-def test_what_cannot_be_is_said_before_any_work(config, tmp_path, field, value, words):
+def test_impossible_configs_are_refused_before_any_work(config, tmp_path, field, value, words):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=words):
         tasks.run(config, tmp_path / 'run')

@@ -651,7 +651,7 @@ def test_quickstart_config_compares(tmp_path):
     assert (tmp_path / 'seed0' / 'mae_mto' / 'reconstructions.png').exists()
 
 
-def test_the_flagship_is_what_it_says():
+def test_the_flagship_config():
     from configs import mae, mae_mto
 
     plain, flagship = mae.get_config('vit_l'), mae_mto.get_config('vit_l')
