@@ -192,7 +192,9 @@ def test_bfloat16(rng):
 
         def loss(p, method=method, teacher=teacher):
             views = {'image': images, 'strong': strong}
-            out = method.loss(p, {'teacher': teacher}, views, jax.random.key(2), None, noise=noise)
+            out = method.loss(
+                p, {'teacher': teacher}, views, jax.random.key(2), Clock(jnp.int32(0), 10, 5), noise=noise
+            )
             return out.losses['contrast']
 
         found.append((*jax.jit(jax.value_and_grad(loss))(params), given))
