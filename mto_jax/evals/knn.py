@@ -22,7 +22,7 @@ def normalized(x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=('ks', 'num_classes', 'mesh'))
 def _right(bank, queries, temperature, ks, num_classes, mesh):
-    """How many queries of each class are classified right, int32 (len(ks), classes).
+    """How many queries of each class are classified right, int32 (len(ks), classes), and how many there are (classes,).
 
     No k may be above the number of examples in the bank.
     """
@@ -43,21 +43,16 @@ def _right(bank, queries, temperature, ks, num_classes, mesh):
             weight = jnp.exp((near - near[:, :1]) / temperature)  # relative to the nearest, or low ones overflow
             votes = jnp.cumsum(jax.nn.one_hot(labels, num_classes) * weight[..., None], axis=1)
             guesses = jnp.stack([votes[:, k - 1].argmax(-1) for k in ks])
-            right = (guesses == batch.labels) & batch.valid
-            return (right[..., None] * jax.nn.one_hot(batch.labels, num_classes, dtype=jnp.int32)).sum(1)
+            of_class = jax.nn.one_hot(batch.labels, num_classes, dtype=jnp.int32) * batch.valid[:, None]
+            return ((guesses == batch.labels)[..., None] * of_class).sum(1), of_class.sum(0)
 
-        return jax.lax.psum(jax.lax.map(right, queries).sum(0), AXES)
+        counts = jax.tree.map(lambda x: x.sum(0), jax.lax.map(right, queries))
+        return jax.lax.psum(counts, AXES)
 
     split, whole = features.ROWS, PartitionSpec()
     return jax.shard_map(on_a_device, mesh=mesh, in_specs=(split, split, whole), out_specs=whole)(
         bank, queries, temperature
     )
-
-
-@partial(jax.jit, static_argnames=('num_classes',))
-def _per_class(bank, num_classes):
-    """Examples of each class, int32 (classes,)."""
-    return jnp.bincount(jnp.where(bank.valid, bank.labels, num_classes).ravel(), length=num_classes + 1)[:-1]
 
 
 def accuracy(
@@ -88,6 +83,6 @@ def accuracy(
     for part, what in ((bank, 'training'), (queries, 'test')):
         features.require(features.usable(part), part.valid, what, 'finite and non-zero')
     examples = int(bank.valid.sum())
-    count = np.asarray(_per_class(queries, num_classes))
-    right = np.asarray(_right(bank, queries, temperature, tuple(min(k, examples) for k in ks), num_classes, mesh))
+    nearest = tuple(min(k, examples) for k in ks)
+    right, count = map(np.asarray, _right(bank, queries, temperature, nearest, num_classes, mesh))
     return {k: features.accuracy(r, count, balanced) for k, r in zip(ks, right, strict=True)}
