@@ -66,13 +66,18 @@ def _brighten_dark(image: Image.Image, amount: int) -> Image.Image:
     return image.point([min(255, v + amount) if v < 128 else v for v in range(256)] * len(image.getbands()))
 
 
+def _keep_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Posterize: the highest bits of each value; 0 leaves a black image, which ImageOps.posterize may refuse."""
+    return image.point([v & (256 - (1 << (8 - bits))) for v in range(256)] * len(image.getbands()))
+
+
 # (settings, image, level in [0, 1], sign) -> image
 OPERATIONS: dict[str, Callable[[RandAugment, Image.Image, float, int], Image.Image]] = {
     'AutoContrast': lambda s, x, level, sign: ImageOps.autocontrast(x),
     'Equalize': lambda s, x, level, sign: ImageOps.equalize(x),
     'Invert': lambda s, x, level, sign: ImageOps.invert(x),
     'Rotate': lambda s, x, level, sign: x.rotate(sign * 30 * level, **s.moving()),
-    'PosterizeIncreasing': lambda s, x, level, sign: ImageOps.posterize(x, 4 - int(4 * level)),
+    'PosterizeIncreasing': lambda s, x, level, sign: _keep_bits(x, 4 - int(4 * level)),
     'SolarizeIncreasing': lambda s, x, level, sign: ImageOps.solarize(x, 256 - min(256, int(256 * level))),
     'SolarizeAdd': lambda s, x, level, sign: _brighten_dark(x, min(128, int(110 * level))),
     'ColorIncreasing': _enhance(ImageEnhance.Color),

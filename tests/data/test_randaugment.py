@@ -61,6 +61,9 @@ def test_moves_by_hand():
     np.testing.assert_array_equal(np.asarray(inverted), 255 - x)
     brighter = augment.apply(Image.fromarray(x), 'SolarizeAdd', 1.0, 1)
     np.testing.assert_array_equal(np.asarray(brighter), x + 110)
+    for level, step in ((0.0, 16), (0.5, 64), (0.8, 128), (1.0, 256)):  # 4, 2, 1 and no bits are kept
+        fewer = augment.apply(Image.fromarray(17 * x), 'PosterizeIncreasing', level, 1)
+        np.testing.assert_array_equal(np.asarray(fewer), 17 * x.astype(int) // step * step)
 
 
 @pytest.mark.parametrize('text', ['rand-m9', 'rand-m11-mstd0.5-inc1', 'autoaugment', 'rand-m9-mstd0.5-inc0'])
