@@ -8,11 +8,12 @@ page cache. One long-lived process per contestant, each with two threads or work
   read      the files' bytes, in batches
   decode    `decode_and_crop_jpeg` of the crops, no resize: the limit
   full      `pipeline.train_batches`: crop, antialiased bicubic resize to 224, uint8
+  device    the same with `data.resize` = 'device', up to where the device gets the batch
   torch     DataLoader with two workers: PIL's crop and bicubic resize to 224, uint8
 
-CPU-ms per image are those of the process and its workers. `psnr_db` of the full pipeline is the mean over images of
-random crops, decoded and resized as it does, against PIL's crop and antialiased bicubic resize. It needs the machine to
-itself, and requirements-peers.txt for the last row.
+CPU-ms per image are those of the process and its workers, `bytes` those of an image that the device gets. `psnr_db` is
+the mean over images of random crops, decoded and resized as the contestant does, against PIL's crop and antialiased
+bicubic resize. It needs the machine to itself, and requirements-peers.txt for the last row.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from PIL import Image
 
 from benchmarks import gpu
 
-CONTESTANTS = ('read', 'decode', 'full', 'torch')
+CONTESTANTS = ('read', 'decode', 'full', 'device', 'torch')
+WHOLE = {'full': 'host', 'device': 'device'}  # contestants that are our pipeline: `data.resize`
 PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
 BATCH, THREADS, SIZE = 64, 2, 224
 BUFFERED = 8  # batches, at least as many as any contestant prepares while others are timed
@@ -70,7 +72,8 @@ class TensorFlow:
         data.name, data.data_dir, data.threads, data.crop_area = 'folder', root, THREADS, AREA
         source = sources.open_source(data, 'train')
         steps = 10**6
-        if name == 'full':
+        if name in WHOLE:
+            data.resize = WHOLE[name]
             self.batches = pipeline.train_batches(source, data, BATCH, 0, 0, steps)
             return
 
@@ -97,19 +100,23 @@ class TensorFlow:
         return {'seconds': time.perf_counter() - start_time, 'cpu': cpu_seconds(os.getpid()) - cpu}
 
 
-def psnr(root: Path, count: int) -> float:
-    """Mean PSNR in dB of our crops of `count` images against PIL's of the same windows."""
+def psnr(root: Path, count: int, resize: str) -> float:
+    """Mean PSNR in dB of our crops of `count` images, with `data.resize`, against PIL's of the same windows."""
     import tensorflow as tf
 
     from configs import mae
-    from mto_jax.data import pipeline
+    from mto_jax.data import augment, pipeline
 
     data, found = mae.get_config().data, []
     data.crop_area = AREA
     for i, path in enumerate(sorted(Path(root).rglob('*.jpg'))[:count]):
         encoded, seed = tf.constant(path.read_bytes()), tf.constant([0, i], tf.int64)
         y, x, h, w = pipeline._window(encoded, seed, data).numpy().tolist()
-        ours = pipeline.train_image(encoded, seed, data).numpy()
+        if resize == 'device':
+            sent = {name: value.numpy()[None] for name, value in pipeline.canvas_image(encoded, seed, data).items()}
+            [ours] = np.asarray(augment.resize(sent['image'], sent['size'], (SIZE, SIZE)))
+        else:
+            ours = pipeline.train_image(encoded, seed, data).numpy()
         with Image.open(path) as image:
             part = image.convert('RGB').crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         error = np.mean((ours.astype(np.float64) - np.asarray(part)) ** 2)
@@ -197,7 +204,9 @@ def measure(images: int, rounds: int, batches: int, names=CONTESTANTS) -> list[d
         finally:
             for worker in workers.values():
                 worker.close()
-        quality = psnr(Path(root), 64) if 'full' in names else None
+        quality = {n: psnr(Path(root), 64, WHOLE[n]) for n in names if n in WHOLE}
+    from mto_jax.data.pipeline import CANVAS
+
     rows, count = [], batches * BATCH
     for name, each in told.items():
         speeds = [count / t['seconds'] for t in each]
@@ -209,8 +218,9 @@ def measure(images: int, rounds: int, batches: int, names=CONTESTANTS) -> list[d
                 ratios = [t['seconds'] / own['seconds'] for t, own in zip(told[other], each, strict=True)]
                 row[f'over_{other}'] = statistics.median(ratios)
                 row |= {f'over_{other}_min': min(ratios), f'over_{other}_max': max(ratios)}
-        if name == 'full':
-            row['psnr_db'] = quality
+        if name in WHOLE:
+            side = SIZE * (CANVAS if name == 'device' else 1)
+            row |= {'psnr_db': quality[name], 'bytes': 3 * side**2}
         rows.append(row | {'rounds': rounds, 'images': count, 'threads': THREADS})
     return rows
 

@@ -166,6 +166,8 @@ FIELDS: dict[str, Field] = {
     'data.crop_aspect': shapes((3 / 4, 4 / 3), ascending(above(0)), trains=True),  # width over height
     # of training images: bicubic, bilinear; an evaluation is always bicubic
     'data.interpolation': shapes('bicubic', one_of('bicubic', 'bilinear'), trains=True),
+    # where training images are resized: by the host, or by the device, which gets crops of up to twice image_size
+    'data.resize': shapes('host', one_of('host', 'device'), trains=True),
     # shorter side before the centre crop, at least; 0 resizes to image_size, no crop
     'data.eval_resize': shapes(256, at_least(0), replaces=True),
     'data.flip': shapes(True, trains=True),

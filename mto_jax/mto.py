@@ -503,23 +503,22 @@ class MaskedAttention:
         chosen = '' if self.needs_logits else attention.kernel(self.implementation, q, k, attention.EXTRA)
         logits = None if chosen else attention.logits(q, k)
 
-        def attention_affinity():
-            keys = jax.lax.stop_gradient(k) if s.stop_keys else k
-            if s.affinity == 'attention_mean':
-                return attention.mean_logits(q, keys)
-            return attention.logits(q, keys) if s.stop_keys else logits
-
-        def entropy(per_token: bool = False):
+        def entropy(q, k, per_token: bool = False):
             if not s.affinity.startswith('attention'):
                 stop = ~patch_masked if s.stop_keys else None
                 read = patches if s.affinity != 'gram_positions' else seen.inputs[:, self.num_prefix :]
                 products = token_affinity(read, stop, norm=s.affinity == 'token')
                 return heterogeneity(products, patch_masked, per_token=per_token)
-            return heterogeneity(attention_affinity(), masked, scale_guard=s.scale_guard, per_token=per_token)
+            products = attention.mean_logits if s.affinity == 'attention_mean' else attention.logits
+            affinity = products(q, jax.lax.stop_gradient(k) if s.stop_keys else k)
+            return heterogeneity(affinity, masked, scale_guard=s.scale_guard, per_token=per_token)
+
+        def spatial(q, k):
+            return spatial_term(attention.logits(q, k), masked, s.spa_form)
 
         gate = self.gate
         if gate is None:
-            het = jax.lax.stop_gradient(entropy(per_token=True))
+            het = jax.lax.stop_gradient(entropy(q, k, per_token=True))
             het = jnp.pad(het, ((0, 0), (masked.shape[1] - het.shape[1], 0)))  # prefix tokens are never masked
             gate = token_gates(s, het, masked)
         if s.open_until:
@@ -535,14 +534,12 @@ class MaskedAttention:
             out = attention.weighted_values(used, v)
             if self.watch:
                 return out, diagnosis(logits, used, masked, seen.tokens, self.num_prefix)
+        # The backward pass makes the logits of statistics anew: kept, they are the largest arrays of a block.
         stats = {}
         if self.read and s.w_spa:
-            if chosen:
-                stats['spa'] = fused_spatial_term(q, k, masked, chosen)
-            else:
-                stats['spa'] = spatial_term(logits, masked, s.spa_form)
+            stats['spa'] = fused_spatial_term(q, k, masked, chosen) if chosen else jax.checkpoint(spatial)(q, k)
         if self.read and (s.w_r or (s.w_e and s.measure == 'entropy')):
-            stats['het'] = entropy()
+            stats['het'] = jax.checkpoint(entropy)(q, k)
         if self.read and s.w_e and s.measure == 'density':
             stats['rho'] = density(patches, patch_masked, stop_visible=True)
         return out, stats

@@ -46,6 +46,7 @@ ALONE = {
     'data.crop_area': (0.5, 0.2),
     'data.crop_aspect': (2.0, 1.0),
     'data.interpolation': 'nearest',
+    'data.resize': 'gpu',
     'data.eval_resize': -1,
     'data.mean': (0.1, 0.2),
     'data.std': (72.9,),

@@ -24,6 +24,7 @@ from mto_jax.runtime.parallel import Part, whole
 
 Batch = Mapping[str, np.ndarray]
 CROP_TRIES = 10
+CANVAS = 2  # sides of what the device resizes, in `data.image_size`
 # What TensorFlow makes of a file that cannot be opened or decoded.
 UNREADABLE = (
     tf.errors.InvalidArgumentError,
@@ -134,6 +135,22 @@ def _window(encoded, seed, data) -> tf.Tensor | None:
     return crop_window(size[0], size[1], seed, data.crop_area, data.crop_aspect)
 
 
+def canvas_image(encoded, seed, data) -> dict[str, tf.Tensor]:
+    """One training image that the device is to resize (`augment.resize`).
+
+    Returns:
+      'image', uint8 (CANVAS * height, CANVAS * width, channels), with the crop in its upper left corner and zeros; and
+      'size', int32 (2,), the crop's height and width. A crop that is larger is resized to fit.
+    """
+    image = decode(encoded, data.channels, _window(encoded, seed, data))
+    height, width = (CANVAS * side for side in data.image_size)
+    size = tf.minimum(tf.shape(image)[:2], (height, width))
+    fits = tf.reduce_all(size == tf.shape(image)[:2])
+    image = tf.cond(fits, lambda: image, lambda: _resize(image, size, data.interpolation))
+    image = tf.pad(image, [(0, height - size[0]), (0, width - size[1]), (0, 0)])
+    return {'image': tf.ensure_shape(image, (height, width, data.channels)), 'size': size}
+
+
 def _train_pixels(encoded, window, data, channels, method) -> tf.Tensor:
     image = _resize(decode(encoded, channels, window), data.image_size, method)
     image.set_shape((*data.image_size, channels))
@@ -197,7 +214,8 @@ def train_batches(
     source: Source, data, batch_size: int, seed: int, start: int, stop: int, part: Part | None = None
 ) -> Iterator[Batch]:
     """Batches of steps `start` to `stop` - 1: {'image': uint8 (rows, H, W, C), 'label': int32 (rows,)}, and with
-    `data.mask` 'mask', int32 (rows, H, W, 1), -1 where no label counts.
+    `data.mask` 'mask', int32 (rows, H, W, 1), -1 where no label counts. With `data.resize` = 'device' the images are
+    as `canvas_image` makes them, with their 'size'.
 
     The same (source, seed, step) gives the same batch, wherever the iterator starts. With `part`, only this process's
     rows of it: with random access of the same global batch however many processes there are, else of one that depends
@@ -215,6 +233,9 @@ def train_batches(
     def prepare(position, example):
         example = source.read(example)
         seed_pair = tf.stack([tf.constant(seed, tf.int64), position])
+        label = {'label': tf.cast(example['label'], tf.int32)}
+        if data.resize == 'device':
+            return canvas_image(example['image'], seed_pair, data) | label
         image = train_image(example['image'], seed_pair, data)
 
         def same_crop(encoded, channels):
@@ -225,7 +246,7 @@ def train_batches(
         if augment:
             shape = image.shape
             image = tf.ensure_shape(tf.numpy_function(augment, [image, seed_pair], tf.uint8), shape)
-        return {'image': image, 'label': tf.cast(example['label'], tf.int32)} | mask
+        return {'image': image} | label | mask
 
     def rows(step):
         # Positions of this process's examples in the full run, from which their random numbers come.

@@ -95,7 +95,8 @@ def parse(data) -> RandAugment | None:
     """What `config.data.randaugment` says; None for ''.
 
     Raises:
-      UserError: for another form than 'rand-m9-mstd0.5-inc1', or images that have not one or three channels.
+      UserError: for another form than 'rand-m9-mstd0.5-inc1', images that have not one or three channels, or images
+        that the device resizes.
     """
     text = data.randaugment
     if not text:
@@ -105,6 +106,8 @@ def parse(data) -> RandAugment | None:
         raise UserError(
             f"data.randaugment is {text!r}; it must be '' or like 'rand-m9-mstd0.5-inc1', of magnitude 0 to 10"
         )
+    if data.resize == 'device':
+        raise UserError(f"data.randaugment is {text!r}; it acts on resized images: set data.resize to 'host'")
     if data.channels not in (1, 3):
         raise UserError(f"data.randaugment is {text!r}; images of data.channels={data.channels} cannot have it: set ''")
     fill = [min(255, round(255 * m)) for m in data.mean]

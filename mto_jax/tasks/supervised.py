@@ -122,6 +122,8 @@ def _probing(start, encoder) -> Probing:
         )
     if c.head == 'dense' and data.randaugment:
         raise UserError(f"data.randaugment is {data.randaugment!r}; it must be '': label maps would not follow")
+    if c.head == 'dense' and data.resize == 'device':
+        raise UserError("data.resize is 'device'; it must be 'host': label maps would not follow")
     if c.head == 'linear' and c.pool == 'class' and not method.arch.class_token:
         raise UserError("probe.pool is 'class' but the model has no class token (model.class_token); set it to 'mean'")
     depths = tuple(config.eval.depths) or (config.eval.depth,)

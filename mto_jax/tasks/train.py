@@ -6,7 +6,6 @@ Batches and random streams depend on the step alone, so that a resumed run conti
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mto_jax.analysis import plots, report
-from mto_jax.data import pipeline, sources
+from mto_jax.data import augment, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.runtime import cpu, environment, hosts, parallel, preemption
 from mto_jax.runtime.log import describe_params, read_history, say
@@ -146,13 +145,18 @@ def _announce(plan, state, start) -> None:
 def _feed(plan, part, start) -> Streamed:
     """The batches from step `start` on."""
     config, mesh, job = plan.config, plan.mesh, plan.job
-    batches = (
-        {name: b[name] for name in job.microbatch}
-        for b in pipeline.train_batches(
-            plan.source, config.data, config.batch_size, config.seed, start, job.total, part
-        )
-    )
-    placed = pipeline.Prefetch(batches, partial(parallel.put_batch, mesh=mesh))
+    data, batch_size, seed = config.data, config.batch_size, config.seed
+
+    def put(batch):
+        on_device = data.resize == 'device'
+        batch = parallel.put_batch({n: batch[n] for n in (*job.microbatch, *['size'] * on_device)}, mesh)
+        if on_device:
+            to = tuple(data.image_size)
+            batch['image'] = augment.resize(batch['image'], batch.pop('size'), to, data.interpolation)
+        return batch
+
+    batches = pipeline.train_batches(plan.source, data, batch_size, seed, start, job.total, part)
+    placed = pipeline.Prefetch(batches, put)
     return Streamed(job, mesh, placed, train_state.stream(config.seed, 'train'))
 
 

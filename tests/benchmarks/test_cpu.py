@@ -31,22 +31,24 @@ def test_relative_cost_of_a_variant(config, monkeypatch):
 
 @pytest.mark.slow
 def test_parts_of_the_input_pipeline():
-    read, decode, full = pipeline.measure(64, 1, 1, pipeline.CONTESTANTS[:-1])
-    assert (read['name'], decode['name'], full['name']) == ('read', 'decode', 'full')
-    assert all(r['images_per_s'] > 0 for r in (read, decode, full))
-    assert decode['over_decode'] == 1.0
-    assert full['images'] == pipeline.BATCH
-    assert 'over_torch' not in full
+    rows = {r['name']: r for r in pipeline.measure(64, 1, 1, pipeline.CONTESTANTS[:-1])}
+    assert list(rows) == ['read', 'decode', 'full', 'device']
+    assert all(r['images_per_s'] > 0 for r in rows.values())
+    assert rows['decode']['over_decode'] == 1.0
+    assert rows['full']['images'] == pipeline.BATCH
+    assert 'over_torch' not in rows['full']
+    assert rows['device']['bytes'] == 4 * rows['full']['bytes'] == 4 * 224 * 224 * 3
 
 
-def test_crops_against_pil(tmp_path):
+@pytest.mark.parametrize('resize', ['host', 'device'])
+def test_crops_against_pil(tmp_path, resize):
     """Our crops are close to PIL's of the same windows; those of other windows are not."""
     pipeline.make(tmp_path, 4)
-    assert pipeline.psnr(tmp_path, 4) > 38
+    assert pipeline.psnr(tmp_path, 4, resize) > 38
     crop = pipeline.Image.Image.crop
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Image.Image, 'crop', lambda image, box: crop(image, (0, 0, 100, 100)))
-        assert pipeline.psnr(tmp_path, 4) < 25
+        assert pipeline.psnr(tmp_path, 4, resize) < 25
 
 
 def test_cpu_seconds_count_children(tmp_path):

@@ -44,6 +44,23 @@ def test_jitter_against_pil(picture, name, factor):
         assert np.abs(above).max() <= 1
 
 
+@pytest.mark.parametrize('method', ['bicubic', 'bilinear'])
+def test_resize_against_pil(rng, picture, method):
+    """Parts of each image, to a smaller and to a larger size; what lies outside of them does not count."""
+    sizes = np.stack([rng.integers(1, 41, 12), rng.integers(1, 57, 12)], -1).astype(np.int32)
+    sizes[:2] = (40, 56), (13, 9)
+    images = np.stack([np.roll(picture, 3 * i, 1) for i in range(12)])
+    for to in ((13, 9), (60, 90)):
+        got = np.asarray(augment.resize(images, sizes, to, method), np.int64)
+        assert got.shape == (12, *to, 3)
+        for image, (h, w), mine in zip(images, sizes.tolist(), got, strict=True):
+            bands = np.moveaxis(image[:h, :w], -1, 0).astype(np.float32)  # of floats, which PIL does not round
+            pil = [Image.fromarray(b).resize(to[::-1], getattr(Image.Resampling, method.upper())) for b in bands]
+            np.testing.assert_allclose(mine, np.stack(pil, -1).clip(0, 255), atol=0.51)
+    same = augment.resize(images[:1], np.int32([[13, 9]]), (13, 9), method)
+    np.testing.assert_array_equal(same[0], images[0, :13, :9])
+
+
 @pytest.mark.parametrize('shift', [-0.1, 0.03, 0.1])
 def test_hue_against_colorsys(picture, shift):
     def turned(pixel):

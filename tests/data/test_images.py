@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import mae_mto, simmim
 from mto_jax import tasks
-from mto_jax.data import check, folder, pipeline, sources
+from mto_jax.data import augment, check, folder, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.runtime import parallel
 from mto_jax.tasks import pretrain
@@ -104,6 +104,7 @@ def flagship(photos, tmp_path):
     c.log_every, c.diagnose_every, c.checkpoints.every = 2, 4 if photos[0] == 'folder' else 0, 3
     c.eval.batch_size, c.eval.linear_steps = 8, 20
     c.mesh.data, c.allow_cpu = 1, True
+    c.data.resize = 'device' if photos[0] == 'folder' else 'host'
     return c
 
 
@@ -175,6 +176,27 @@ def test_crops_against_pil(index, module, method):
     x, y = (size[0] - 224) // 2, (size[1] - 224) // 2
     theirs = image.resize(size, Image.BICUBIC).crop((x, y, x + 224, y + 224))
     assert psnr(pipeline.eval_image(encoded, c.data).numpy(), theirs) > 44
+
+
+@pytest.mark.parametrize('photos', ['folder'], indirect=True)
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear'])
+def test_resize_on_the_device(photos, interpolation):
+    """The same crops as the host's, but for the rounding; also of images larger than what is sent."""
+    data = for_photos(mae_mto.get_config(), photos[1], photos[0]).data
+    data.interpolation, data.image_size = interpolation, (96, 80)  # twice that is smaller than many crops
+    source = sources.open_source(data, 'train')
+    [host] = pipeline.train_batches(source, data, 48, 3, 0, 1)
+    data.resize = 'device'
+    [sent] = pipeline.train_batches(source, data, 48, 3, 0, 1)
+    assert (sent['image'].shape, sent['image'].dtype) == ((48, 192, 160, 3), np.uint8)
+    np.testing.assert_array_equal(sent['label'], host['label'])
+    shrunk = (sent['size'] == (192, 160)).any(-1)
+    assert 0 < shrunk.sum() < 48
+    for mesh in (parallel.make_mesh(1), parallel.make_mesh(8)):
+        placed = parallel.put_batch(sent, mesh)
+        got = np.asarray(augment.resize(placed['image'], placed['size'], (96, 80), interpolation), np.int64)
+        assert np.abs(got - host['image'])[~shrunk].max() <= 1
+        assert all(psnr(a, b) > 40 for a, b in zip(got[shrunk], host['image'][shrunk], strict=True))
 
 
 def png(image):
