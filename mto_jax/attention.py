@@ -223,4 +223,9 @@ def mean_logits(q: jax.Array, k: jax.Array) -> jax.Array:
 
 def weighted_values(logits: jax.Array, v: jax.Array) -> jax.Array:
     """The values (B, M, h, d) weighted by the softmax of logits (B, h, N, M) over the keys: (B, N, h, d)."""
-    return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+    return values(jax.nn.softmax(logits, axis=-1), v)
+
+
+def values(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """The values (B, M, h, d) with weights (B, h, N, M): (B, N, h, d)."""
+    return jnp.einsum('bhqk,bkhd->bqhd', weights.astype(v.dtype), v)

@@ -389,20 +389,39 @@ def spatial_term(logits: jax.Array, masked: jax.Array, form: str = 'mass') -> ja
     return _mean_over(row, visible).mean()
 
 
+def spatial_term_of_weights(weights: jax.Array, masked: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`spatial_term`, the mass alone, of weights that attention has made without recalibration.
+
+    Args:
+      weights: float32 (B, h, N, N), the softmax of the logits and the bias.
+      masked: bool (B, N).
+      bias: (h, N, N), which is taken out again; or None.
+    """
+    if bias is not None:
+        weights = weights * jnp.exp(-bias.astype(jnp.float32))
+    keys = masked[:, None, None, :]
+    on_visible, on_masked = (jnp.where(chosen, weights, 0.0).sum(-1) for chosen in (~keys, keys))
+    total = on_visible + on_masked
+    return _mean_over(_minus_log_mass(on_visible / total, on_masked / total), ~masked).mean()
+
+
 def fused_spatial_term(q: jax.Array, k: jax.Array, masked: jax.Array, implementation: str) -> jax.Array:
     """`spatial_term` of queries and keys (B, N, h, d), the mass alone, in a kernel that stores no logits.
 
-    The kernel weighs two features instead of values: 1 for visible keys, and 1 for masked ones. The smaller of the two
-    masses is the exact one: near 1 the dtype has few digits.
+    The kernel weighs two features instead of values: 1 for visible keys, and 1 for masked ones.
     """
     kinds = jnp.pad(jnp.stack([~masked, masked], axis=-1), ((0, 0), (0, 0), (0, q.shape[-1] - 2))).astype(q.dtype)
     kinds = jnp.broadcast_to(kinds[:, :, None], k.shape)
     mass = attention.fused(q, k, kinds, None, implementation)[..., :2].astype(jnp.float32).transpose(0, 2, 1, 3)
-    on_visible, on_masked = jnp.maximum(mass[..., 0], jnp.finfo(jnp.float32).tiny), mass[..., 1]
+    return _mean_over(_minus_log_mass(mass[..., 0], mass[..., 1]), ~masked).mean()
+
+
+def _minus_log_mass(on_visible: jax.Array, on_masked: jax.Array) -> jax.Array:
+    """-log of the first of two masses that add up to 1. The smaller is the exact one: near 1 there are few digits."""
     few = on_masked < 0.5
     # Both branches of a gradient are computed: each gets numbers at which it is finite.
-    row = jnp.where(few, -jnp.log1p(-jnp.where(few, on_masked, 0.0)), -jnp.log(jnp.where(few, 1.0, on_visible)))
-    return _mean_over(row, ~masked).mean()
+    on_visible = jnp.maximum(on_visible, jnp.finfo(jnp.float32).tiny)
+    return jnp.where(few, -jnp.log1p(-jnp.where(few, on_masked, 0.0)), -jnp.log(jnp.where(few, 1.0, on_visible)))
 
 
 def masked_mass(logits: jax.Array, masked: jax.Array) -> jax.Array:
@@ -513,8 +532,12 @@ class MaskedAttention:
             affinity = products(q, jax.lax.stop_gradient(k) if s.stop_keys else k)
             return heterogeneity(affinity, masked, scale_guard=s.scale_guard, per_token=per_token)
 
-        def spatial(q, k):
-            return spatial_term(attention.logits(q, k), masked, s.spa_form)
+        def spatial():
+            if chosen:
+                return fused_spatial_term(q, k, masked, chosen)
+            if s.spa_form == 'mass' and not gated:
+                return spatial_term_of_weights(weights, masked, seen.bias)
+            return jax.checkpoint(lambda q, k: spatial_term(attention.logits(q, k), masked, s.spa_form))(q, k)
 
         gate = self.gate
         if gate is None:
@@ -531,13 +554,14 @@ class MaskedAttention:
         else:
             used = logits if seen.bias is None else logits + seen.bias.astype(jnp.float32)
             used = recalibrate(used, masked, gate, s.rows) if gated else used
-            out = attention.weighted_values(used, v)
+            weights = jax.nn.softmax(used, axis=-1)
+            out = attention.values(weights, v)
             if self.watch:
                 return out, diagnosis(logits, used, masked, seen.tokens, self.num_prefix)
         # The backward pass makes the logits of statistics anew: kept, they are the largest arrays of a block.
         stats = {}
         if self.read and s.w_spa:
-            stats['spa'] = fused_spatial_term(q, k, masked, chosen) if chosen else jax.checkpoint(spatial)(q, k)
+            stats['spa'] = spatial()
         if self.read and (s.w_r or (s.w_e and s.measure == 'entropy')):
             stats['het'] = jax.checkpoint(entropy)(q, k)
         if self.read and s.w_e and s.measure == 'density':

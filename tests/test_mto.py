@@ -144,6 +144,25 @@ def test_spatial_term(case, form):
     np.testing.assert_allclose(got, np_spa(f64(logits), masked, form), rtol=tol)
 
 
+@pytest.mark.parametrize('with_bias', [False, True])
+def test_spatial_term_of_weights(case, with_bias, rng):
+    """Attention's own weights give the same term, whatever bias they have; to queries and keys the same gradients."""
+    logits, _, masked, tol = case
+    logits, tol = logits.astype(jnp.float32), max(tol, 1e-5)
+    bias = jnp.asarray(rng.normal(size=(H, N, N)) * 3, jnp.float32) if with_bias else None
+
+    def of_weights(logits, bias):
+        weights = jax.nn.softmax(logits if bias is None else logits + bias)
+        return mto.spatial_term_of_weights(weights, jnp.asarray(masked), bias)
+
+    got, gradient = jax.value_and_grad(of_weights)(logits, bias)
+    np.testing.assert_allclose(got, np_spa(f64(logits), masked), rtol=tol)
+    want = jax.grad(mto.spatial_term)(logits, jnp.asarray(masked))
+    np.testing.assert_allclose(gradient, want, atol=1e-6)
+    if with_bias:
+        np.testing.assert_allclose(jax.grad(of_weights, argnums=1)(logits, bias), 0.0, atol=1e-6)
+
+
 def test_masked_mass(case):
     logits, _, masked, tol = case
     np.testing.assert_allclose(mto.masked_mass(logits, jnp.asarray(masked)), np_mass(f64(logits), masked), rtol=tol)
@@ -202,6 +221,9 @@ def test_by_hand_one_hot_attention():
     assert mto.spatial_term(logits, masked) == pytest.approx(0.0, abs=1e-6)
     on_masked = jnp.zeros((1, 1, 12, 12)).at[..., 11].set(80.0)
     assert mto.spatial_term(on_masked, masked) == pytest.approx(80.0 - math.log(4), rel=1e-6)
+    assert mto.spatial_term_of_weights(jax.nn.softmax(logits), masked) == pytest.approx(0.0, abs=1e-6)
+    of_weights = mto.spatial_term_of_weights(jax.nn.softmax(on_masked), masked)
+    assert of_weights == pytest.approx(80.0 - math.log(4), rel=1e-6)
 
 
 def orthogonal_tokens(mask_token):

@@ -7,6 +7,7 @@ grey images differs by more: libpng, which the pipeline uses, weighs the colours
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,16 +62,22 @@ def _cropped(pixels: np.ndarray, data) -> np.ndarray:
     """As `pipeline.eval_image`: scaled to keep the aspect, then centre-cropped; without `eval_resize` only resized."""
     height, width = data.image_size
     if not data.eval_resize:
-        return _resized(pixels, (height, width))
+        return resize(pixels, (height, width))
     shape = np.array(pixels.shape[:2], np.float32)
     scale = max(np.float32(data.eval_resize) / shape.min(), (np.array([height, width], np.float32) / shape).max())
     size = np.round(shape * scale).astype(int)
     y, x = (size - (height, width)) // 2
-    return _resized(pixels, size)[y : y + height, x : x + width]
+    return resize(pixels, size)[y : y + height, x : x + width]
 
 
-def _resized(pixels: np.ndarray, size) -> np.ndarray:
-    """Bicubic and antialiased, each channel by itself, so that there may be any number of them."""
-    shape = (int(size[1]), int(size[0]))
-    bands = [Image.fromarray(band).resize(shape, Image.Resampling.BICUBIC) for band in np.moveaxis(pixels, -1, 0)]
+def resize(pixels: np.ndarray, size: Sequence[int], method: str = 'bicubic') -> np.ndarray:
+    """Antialiased: uint8 (h, w, channels), of any number of channels, to uint8 (*size, channels).
+
+    Args:
+      method: 'bicubic' or 'bilinear'.
+    """
+    shape, method = (int(size[1]), int(size[0])), getattr(Image.Resampling, method.upper())
+    if pixels.shape[-1] == 3:
+        return np.asarray(Image.fromarray(pixels).resize(shape, method))
+    bands = [Image.fromarray(band).resize(shape, method) for band in np.moveaxis(pixels, -1, 0)]
     return np.stack([np.asarray(band) for band in bands], -1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mto_jax.errors import UserError
+from mto_jax.runtime import cpu
 from mto_jax.training import train_state
 from mto_jax.training.job import Job
 from mto_jax.training.train_state import Meter, TrainState
@@ -69,7 +70,9 @@ class Resident:
 
             return jax.lax.scan(body, (state, meter), positions)[0]
 
-        self._steps = jax.jit(jax.vmap(steps, in_axes=(0, 0, None, None, 0, 0)), donate_argnums=(0, 1))
+        each = jax.vmap(steps, in_axes=(0, 0, None, None, 0, 0))
+        options = cpu.compiler_options(jax.default_backend()) if len(seeds) == 1 else {}
+        self._steps = jax.jit(each, donate_argnums=(0, 1), compiler_options=options)
 
     def meter(self) -> Meter:
         return stack([Meter.empty(self._job.names) for _ in self._seeds])

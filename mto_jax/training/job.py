@@ -15,7 +15,7 @@ from mto_jax.config import check
 from mto_jax.data import order
 from mto_jax.errors import UserError
 from mto_jax.methods import Clock
-from mto_jax.runtime import parallel
+from mto_jax.runtime import cpu, parallel
 from mto_jax.training import optim, schedules, train_state
 from mto_jax.training.objective import Pretraining
 from mto_jax.training.train_state import Meter, TrainState
@@ -77,6 +77,7 @@ class Job:
             donate_argnums=(0, 1),
             in_shardings=(state, everywhere, constants, split, everywhere),
             out_shardings=(state, everywhere),
+            compiler_options=cpu.compiler_options(mesh.devices.flat[0].platform),
         )
 
 
