@@ -11,22 +11,14 @@ requirements-peers.txt, and is left out without it.
 import argparse
 import importlib.util
 import json
-import statistics
-import time
-from functools import partial
 from pathlib import Path
 
-import jax
-
-from benchmarks import cpu_peer, step_cost
+from benchmarks import cpu_peer, step_cost, studies
 from benchmarks import input as pipeline
 from configs import study_mto
-from mto_jax.data import memory, order
-from mto_jax.training import feed, job
 
 STORED = Path(__file__).parent / 'results' / 'guard.json'
 TOLERANCE = 0.1
-SEEDS = 5
 
 
 def mto_costs() -> dict[str, float]:
@@ -39,26 +31,10 @@ def mto_costs() -> dict[str, float]:
     return found
 
 
-def seeds_at_once(rounds: int = 3, steps: int = 10) -> dict[str, float]:
-    """Seconds per step and seed of several seeds in one dispatch, over those of one; the median of the rounds."""
-    config = study_mto.get_config('simmim,main')
-    images = memory.load(config.data, config.data.train_split)[0]
-    training = job.prepare(config, len(images))
-    positions = partial(order.batch_positions, len(images), config.batch_size)
-    counts = (1, SEEDS)
-    residents = {n: feed.Resident(training, {'image': images}, tuple(range(n)), positions) for n in counts}
-    carried = {
-        n: (feed.stack([jax.jit(training.create)(s) for s in range(n)]), residents[n].meter(), 0) for n in counts
-    }
-    seconds = {n: [] for n in counts}
-    for _ in range(rounds + 1):  # the first compiles
-        for n in counts:
-            state, meter, step = carried[n]
-            start_time = time.perf_counter()
-            carried[n] = jax.block_until_ready(residents[n].advance(state, meter, step, step + steps))
-            seconds[n].append((time.perf_counter() - start_time) / n)
-    ratios = [several / one for one, several in zip(seconds[1][1:], seconds[SEEDS][1:], strict=True)]
-    return {f'{SEEDS} seeds at once: time per seed': statistics.median(ratios)}
+def studies_on_cpu() -> dict[str, float]:
+    """Seconds of a study's step as shipped, over those with XLA's default options."""
+    shipped = studies.measure(study_mto.get_config('simmim,main'), 3)[0]
+    return {"study step: shipped over XLA's default": shipped['over_default']}
 
 
 def against_peers() -> dict[str, float]:
@@ -78,7 +54,7 @@ def main():
     parser.add_argument('--write', action='store_true')
     args = parser.parse_args()
     peers = bool(importlib.util.find_spec('transformers'))
-    found = mto_costs() | seeds_at_once() | input_pipeline(peers) | (against_peers() if peers else {})
+    found = mto_costs() | studies_on_cpu() | input_pipeline(peers) | (against_peers() if peers else {})
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     for name, ratio in found.items():
         before = stored.get(name)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import cpu_peer, guard, step_cost
+from benchmarks import cpu_peer, guard, step_cost, streamed, studies
 from benchmarks import input as pipeline
 from mto_jax.config import get_config
 from mto_jax.training import job
@@ -27,6 +27,25 @@ def test_relative_cost_of_a_variant(config, monkeypatch):
     assert second['time'] > 0
     assert second['memory'] >= 1.0
     assert step_cost.step_memory(job.prepare(config, 64)) > 0
+
+
+def test_ways_to_train_a_study(config, monkeypatch):
+    monkeypatch.setattr(studies, 'STEPS', 1)
+    config.data.crop, config.data.train_split, config.epochs = 'resize', 'train[:64]', 1.0
+    config.model.depth = config.mae.decoder_depth = 1
+    rows = {r['way']: r for r in studies.measure(config, 1)}
+    assert list(rows) == list(studies.WAYS)
+    assert rows['default']['over_default'] == 1.0
+    for r in rows.values():
+        assert r['over_default'] * rows['default']['seconds'] == pytest.approx(r['seconds'])
+        assert r['runs_per_core_hour'] * r['seconds'] * r['cores'] * studies.EPOCH == pytest.approx(3600)
+
+
+@pytest.mark.slow
+def test_streamed_training():
+    row = streamed.measure(64, 1, 1)
+    limit = 1 / (1 / row['decode'] + 1 / row['resident'])
+    assert row['over_limit'] == pytest.approx(row['streamed'] / limit)
 
 
 @pytest.mark.slow
@@ -81,7 +100,7 @@ def test_guard_names_what_fell(tmp_path, monkeypatch, capsys):
     found = {'a': 1.0, 'b': 2.0}
     for part in ('mto_costs', 'input_pipeline', 'against_peers'):
         monkeypatch.setattr(guard, part, lambda *_: {})
-    monkeypatch.setattr(guard, 'seeds_at_once', lambda: found)
+    monkeypatch.setattr(guard, 'studies_on_cpu', lambda: found)
     monkeypatch.setattr(guard, 'STORED', tmp_path / 'guard.json')
     monkeypatch.setattr(sys, 'argv', ['guard', '--write'])
     guard.main()
