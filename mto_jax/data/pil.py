@@ -1,7 +1,7 @@
 """Single images, from files or memory, prepared as `pipeline.eval_image` prepares those of a data set: without
 TensorFlow.
 
-The sizes and crops are the pipeline's. PIL rounds after each of two passes and decodes JPEGs with another transform, so
+The sizes, crops and the resize are the pipeline's. PIL decodes JPEGs with another transform than TensorFlow, so their
 values differ by about one grey level on average (tests/data/test_pil.py has the bounds). A colour PNG for a model of
 grey images differs by more: libpng, which the pipeline uses, weighs the colours differently.
 """

@@ -30,17 +30,17 @@ def encoded(image, kind):
 )
 @pytest.mark.parametrize('channels', [1, 3])
 def test_against_the_pipeline(data, rng, resize, size, channels):
-    """Sizes and crops are the same, so values differ by rounding and, for JPEG, by how it is decoded."""
+    """Sizes, crops and the resize are the same; of a JPEG, values differ by how it is decoded."""
     data.eval_resize, data.image_size, data.channels = resize, size, channels
     for index in range(4):
         image = photo(index)
         width, height = rng.integers(100, 300, 2)
         image = image.crop((10, 5, 10 + width, 5 + height)).convert({1: 'L', 3: 'RGB'}[channels])
-        for bytes_, mean, most in ((jpeg(image), 1.5, 12), (encoded(image, 'PNG'), 0.4, 9)):
+        for bytes_, mean, most in ((jpeg(image), 1.5, 12), (encoded(image, 'PNG'), 0, 0)):
             want = pipeline.eval_image(tf.constant(bytes_), data).numpy().astype(int)
             got = pil.prepare(Image.open(io.BytesIO(bytes_)), data).astype(int)
             assert got.shape == want.shape == (*size, channels)
-            assert abs(got - want).mean() < mean
+            assert abs(got - want).mean() <= mean
             assert abs(got - want).max() <= most
 
 
