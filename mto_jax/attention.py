@@ -116,8 +116,7 @@ def fused(
     """
     n, m, d, bounds = q.shape[1], k.shape[1], q.shape[-1], {}
     if implementation == 'heads':
-        heads_first = (x.transpose(2, 0, 1, 3) for x in (q, k, v))
-        return _head_by_head(*heads_first, bias, shift).transpose(1, 2, 0, 3)
+        return head_by_head(q, k, v, bias, shift)[0]
     if shift:
         q, k, v = _with_shift(q, k, v, *shift)
     if implementation == 'cudnn' and (n % 2 or m % 2):  # cuDNN has no gradients of an odd number of tokens
@@ -149,16 +148,45 @@ def _with_shift(q, k, v, on_queries, on_keys):
     return widened(q, on_queries[..., None]), widened(k, on_keys), jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, EXTRA)))
 
 
-def _one_head(q, k, v, bias, shift):
+def head_by_head(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    shift: tuple[jax.Array, jax.Array] | None = None,
+    masked: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """`fused` in a loop over the heads; and how much of the softmax of the products alone lies on which keys.
+
+    Args:
+      q, k, v, bias, shift: as for `fused`.
+      masked: bool (B, M), or None.
+
+    Returns:
+      The output (B, N, h, d); and float32 (B, h, N), the sums over keys that are not masked and over those that are, of
+      a softmax without bias and shift. None without `masked`.
+    """
+    heads_first = (x.transpose(2, 0, 1, 3) for x in (q, k, v))
+    out, mass = _head_by_head(*heads_first, bias, shift, None if masked is None else masked.astype(jnp.float32))
+    return out.transpose(1, 2, 0, 3), jax.tree.map(lambda x: x.transpose(1, 0, 2), mass)
+
+
+def _one_head(q, k, v, bias, shift, masked):
     """Attention of (B, N, d); with a bias (N, M), or one of each device's images (devices, N, M)."""
-    products = 1.0 / math.sqrt(q.shape[-1]) * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
+    plain = products = (
+        1.0 / math.sqrt(q.shape[-1]) * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
+    )
     if bias is not None and bias.ndim == 3:
         products = (products.reshape(len(bias), -1, *bias.shape[1:]) + bias[:, None]).reshape(products.shape)
     elif bias is not None:
         products = products + bias
     if shift is not None:
         products = products + shift[0][:, :, None] * shift[1][:, None, :]
-    return jnp.einsum('bqk,bkd->bqd', jax.nn.softmax(products, axis=-1).astype(v.dtype), v)
+    out, mass = jnp.einsum('bqk,bkd->bqd', jax.nn.softmax(products, axis=-1).astype(v.dtype), v), None
+    if masked is not None:
+        weights = jax.nn.softmax(plain, axis=-1)
+        mass = tuple((weights * chosen[:, None, :]).sum(-1) for chosen in (1.0 - masked, masked))
+    return out, mass
 
 
 def _per_device(bias: jax.Array, images: int) -> jax.Array:
@@ -176,18 +204,18 @@ def _per_device(bias: jax.Array, images: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def _head_by_head(q, k, v, bias, shift):
+def _head_by_head(q, k, v, bias, shift, masked):
     """Attention of (h, B, N, d), in a loop over the heads: what lies between its products never leaves the chip."""
-    return jax.lax.map(lambda head: _one_head(*head, shift), (q, k, v, bias))
+    return jax.lax.map(lambda head: _one_head(*head, shift, masked), (q, k, v, bias))
 
 
-def _head_by_head_fwd(q, k, v, bias, shift):
-    return _head_by_head(q, k, v, bias, shift), ((q, k, v, bias), shift)
+def _head_by_head_fwd(q, k, v, bias, shift, masked):
+    return _head_by_head(q, k, v, bias, shift, masked), ((q, k, v, bias), shift, masked)
 
 
 def _head_by_head_bwd(kept, gradient):
     """Each head's gradients take the place of its inputs: new arrays would be filled with zeros first."""
-    inputs, shift = kept
+    inputs, shift, masked = kept
     if inputs[3] is not None:
         inputs = (*inputs[:3], _per_device(inputs[3], len(inputs[0][0])))
 
@@ -195,11 +223,11 @@ def _head_by_head_bwd(kept, gradient):
         one = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
         # All is read before any is overwritten; else the arrays would be copied.
         head, back_in = jax.lax.optimization_barrier(jax.tree.map(one, (arrays, gradient)))
-        _, back = jax.vjp(partial(_one_head, shift=shift), *head)
+        _, back = jax.vjp(partial(_one_head, shift=shift, masked=masked), *head)
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), arrays, back(back_in))
 
-    *of_tokens, of_bias = jax.lax.fori_loop(0, len(gradient), turn, inputs)
-    return *of_tokens, None if of_bias is None else of_bias.sum(1), None
+    *of_tokens, of_bias = jax.lax.fori_loop(0, len(inputs[0]), turn, inputs)
+    return *of_tokens, None if of_bias is None else of_bias.sum(1), None, None
 
 
 _head_by_head.defvjp(_head_by_head_fwd, _head_by_head_bwd)

@@ -402,7 +402,7 @@ def spatial_term_of_weights(weights: jax.Array, masked: jax.Array, bias: jax.Arr
     keys = masked[:, None, None, :]
     on_visible, on_masked = (jnp.where(chosen, weights, 0.0).sum(-1) for chosen in (~keys, keys))
     total = on_visible + on_masked
-    return _mean_over(_minus_log_mass(on_visible / total, on_masked / total), ~masked).mean()
+    return _spatial_term_of_mass(on_visible / total, on_masked / total, masked)
 
 
 def fused_spatial_term(q: jax.Array, k: jax.Array, masked: jax.Array, implementation: str) -> jax.Array:
@@ -413,15 +413,16 @@ def fused_spatial_term(q: jax.Array, k: jax.Array, masked: jax.Array, implementa
     kinds = jnp.pad(jnp.stack([~masked, masked], axis=-1), ((0, 0), (0, 0), (0, q.shape[-1] - 2))).astype(q.dtype)
     kinds = jnp.broadcast_to(kinds[:, :, None], k.shape)
     mass = attention.fused(q, k, kinds, None, implementation)[..., :2].astype(jnp.float32).transpose(0, 2, 1, 3)
-    return _mean_over(_minus_log_mass(mass[..., 0], mass[..., 1]), ~masked).mean()
+    return _spatial_term_of_mass(mass[..., 0], mass[..., 1], masked)
 
 
-def _minus_log_mass(on_visible: jax.Array, on_masked: jax.Array) -> jax.Array:
-    """-log of the first of two masses that add up to 1. The smaller is the exact one: near 1 there are few digits."""
+def _spatial_term_of_mass(on_visible: jax.Array, on_masked: jax.Array, masked: jax.Array) -> jax.Array:
+    """`spatial_term` of the masses (B, h, N), which add up to 1. The smaller is exact: near 1 there are few digits."""
     few = on_masked < 0.5
     # Both branches of a gradient are computed: each gets numbers at which it is finite.
     on_visible = jnp.maximum(on_visible, jnp.finfo(jnp.float32).tiny)
-    return jnp.where(few, -jnp.log1p(-jnp.where(few, on_masked, 0.0)), -jnp.log(jnp.where(few, 1.0, on_visible)))
+    row = jnp.where(few, -jnp.log1p(-jnp.where(few, on_masked, 0.0)), -jnp.log(jnp.where(few, 1.0, on_visible)))
+    return _mean_over(row, ~masked).mean()
 
 
 def masked_mass(logits: jax.Array, masked: jax.Array) -> jax.Array:
@@ -533,6 +534,8 @@ class MaskedAttention:
             return heterogeneity(affinity, masked, scale_guard=s.scale_guard, per_token=per_token)
 
         def spatial():
+            if mass is not None:
+                return _spatial_term_of_mass(*mass, masked)
             if chosen:
                 return fused_spatial_term(q, k, masked, chosen)
             if s.spa_form == 'mass' and not gated:
@@ -548,9 +551,13 @@ class MaskedAttention:
             progress = 1.0 if seen.progress is None else seen.progress
             gate += (1.0 - gate) * jnp.minimum(1.0, progress / s.open_until)
         gated = not isinstance(gate, float) or gate != 1.0
+        mass, wanted = None, self.read and bool(s.w_spa)
         if chosen:
             shift = recalibrating_shift(masked, gate, s.rows) if gated else None
-            out = attention.fused(q, k, v, seen.bias, chosen, shift)
+            if chosen == 'heads' and wanted:
+                out, mass = attention.head_by_head(q, k, v, seen.bias, shift, masked)
+            else:
+                out = attention.fused(q, k, v, seen.bias, chosen, shift)
         else:
             used = logits if seen.bias is None else logits + seen.bias.astype(jnp.float32)
             used = recalibrate(used, masked, gate, s.rows) if gated else used
@@ -560,7 +567,7 @@ class MaskedAttention:
                 return out, diagnosis(logits, used, masked, seen.tokens, self.num_prefix)
         # The backward pass makes the logits of statistics anew: kept, they are the largest arrays of a block.
         stats = {}
-        if self.read and s.w_spa:
+        if wanted:
             stats['spa'] = spatial()
         if self.read and (s.w_r or (s.w_e and s.measure == 'entropy')):
             stats['het'] = jax.checkpoint(entropy)(q, k)

@@ -110,19 +110,19 @@ def test_recalibration_in_a_kernel(rng, kernel, n, gate, rows, dtype):
 
 @pytest.mark.parametrize('length', [1e-3, 1.0, 10.0])
 def test_statistics_in_a_kernel(rng, kernel, length):
-    """L_spa and the mean heads' heterogeneity, and their gradients, as of logits; queries so long that visible keys get
-    the mass of their number, or all or none of it."""
-    q, k, v, bias, _, masked = inputs(rng, 37, 37, 'float32', True)
+    """L_spa and the mean heads' heterogeneity, and their gradients with those of the output, as of logits; queries so
+    long that visible keys get the mass of their number, or all or none of it."""
+    q, k, v, bias, cotangent, masked = inputs(rng, 37, 37, 'float32', True)
     settings = mto.Settings(recalibration='adaptive', affinity='attention_mean', w_spa=1.0, w_e=1.0)
     plain, *forms = (mto.MaskedAttention(settings, None, 1, True, False, i) for i in ('', 'heads', 'cudnn'))
 
     def statistics(form):
-        def total(q, k):
+        def total(q, k, v, bias):
             seen = attention.Conditioning(bias=bias, masked=masked, tokens=q.reshape(2, 37, -1))
-            stats = form(q, k, v, seen)[1]
-            return stats['spa'] + stats['het'], stats
+            out, stats = form(q, k, v, seen)
+            return stats['spa'] + stats['het'] + (out * cotangent).mean(), stats
 
-        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(length * q, k)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True))(length * q, k, v, bias)
 
     wanted = jax.tree.leaves(statistics(plain))
     for form in forms:
