@@ -167,26 +167,55 @@ def head_by_head(
       a softmax without bias and shift. None without `masked`.
     """
     heads_first = (x.transpose(2, 0, 1, 3) for x in (q, k, v))
-    out, mass = _head_by_head(*heads_first, bias, shift, None if masked is None else masked.astype(jnp.float32))
+    out, mass = _head_by_head(*heads_first, bias, shift, masked)
     return out.transpose(1, 2, 0, 3), jax.tree.map(lambda x: x.transpose(1, 0, 2), mass)
 
 
-def _one_head(q, k, v, bias, shift, masked):
-    """Attention of (B, N, d); with a bias (N, M), or one of each device's images (devices, N, M)."""
-    plain = products = (
-        1.0 / math.sqrt(q.shape[-1]) * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
-    )
-    if bias is not None and bias.ndim == 3:
-        products = (products.reshape(len(bias), -1, *bias.shape[1:]) + bias[:, None]).reshape(products.shape)
-    elif bias is not None:
-        products = products + bias
+def _products(q, k):
+    return 1.0 / math.sqrt(q.shape[-1]) * jnp.einsum('bqd,bkd->bqk', q, k, preferred_element_type=jnp.float32)
+
+
+def _with_bias(x, bias, combine):
+    """x (B, N, M) with a bias (N, M), or one of each device's images (devices, N, M), or None."""
+    if bias is None:
+        return x
+    if bias.ndim == 2:
+        return combine(x, bias)
+    return combine(x.reshape(len(bias), -1, *bias.shape[1:]), bias[:, None]).reshape(x.shape)
+
+
+def _one_head(q, k, v, bias, shift):
+    """Attention of (B, N, d), and None."""
+    products = _with_bias(_products(q, k), bias, jnp.add)
     if shift is not None:
         products = products + shift[0][:, :, None] * shift[1][:, None, :]
-    out, mass = jnp.einsum('bqk,bkd->bqd', jax.nn.softmax(products, axis=-1).astype(v.dtype), v), None
-    if masked is not None:
-        weights = jax.nn.softmax(plain, axis=-1)
-        mass = tuple((weights * chosen[:, None, :]).sum(-1) for chosen in (1.0 - masked, masked))
-    return out, mass
+    return jnp.einsum('bqk,bkd->bqd', jax.nn.softmax(products, axis=-1).astype(v.dtype), v), None
+
+
+def _one_head_and_mass(q, k, v, bias, factor, on_masked):
+    """Attention of (B, N, d), weights times `factor` (B, N, M), and the masses by `on_masked` (B, N, M), 1 or 0."""
+    products = _products(q, k)
+    # One exponential for both softmaxes: bias and shift are factors of it.
+    weights = jnp.exp(products - jax.lax.stop_gradient(products.max(-1, keepdims=True)))
+    total, masses = weights.sum(-1), [(weights * chosen).sum(-1) for chosen in (1.0 - on_masked, on_masked)]
+    weights = _with_bias(weights * factor, None if bias is None else jnp.exp(bias), jnp.multiply)
+    out = jnp.einsum('bqk,bkd->bqd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return out.astype(v.dtype), tuple(mass / total for mass in masses)
+
+
+def _for_one_head(q, shift, masked):
+    """What is done with each head: a function of its q, k, v and bias."""
+    if masked is None:
+        return partial(_one_head, shift=shift)
+    pairs = (len(masked), q.shape[2], masked.shape[1])
+    factor = jnp.ones(pairs, jnp.float32)
+    if shift is not None:
+        factor += shift[0][:, :, None] * jnp.expm1(shift[1])[:, None, :]
+    on_masked = jnp.broadcast_to(masked[:, None, :], pairs).astype(q.dtype)
+    # Made here, once: on a TPU, spreading a value per key over the queries costs each head more than its softmax.
+    factor, on_masked = jax.lax.optimization_barrier((factor, on_masked))
+    return partial(_one_head_and_mass, factor=factor, on_masked=on_masked)
 
 
 def _per_device(bias: jax.Array, images: int) -> jax.Array:
@@ -206,7 +235,8 @@ def _per_device(bias: jax.Array, images: int) -> jax.Array:
 @jax.custom_vjp
 def _head_by_head(q, k, v, bias, shift, masked):
     """Attention of (h, B, N, d), in a loop over the heads: what lies between its products never leaves the chip."""
-    return jax.lax.map(lambda head: _one_head(*head, shift, masked), (q, k, v, bias))
+    one_head = _for_one_head(q, shift, masked)
+    return jax.lax.map(lambda head: one_head(*head), (q, k, v, bias))
 
 
 def _head_by_head_fwd(q, k, v, bias, shift, masked):
@@ -216,6 +246,7 @@ def _head_by_head_fwd(q, k, v, bias, shift, masked):
 def _head_by_head_bwd(kept, gradient):
     """Each head's gradients take the place of its inputs: new arrays would be filled with zeros first."""
     inputs, shift, masked = kept
+    one_head = _for_one_head(inputs[0], shift, masked)
     if inputs[3] is not None:
         inputs = (*inputs[:3], _per_device(inputs[3], len(inputs[0][0])))
 
@@ -223,7 +254,7 @@ def _head_by_head_bwd(kept, gradient):
         one = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
         # All is read before any is overwritten; else the arrays would be copied.
         head, back_in = jax.lax.optimization_barrier(jax.tree.map(one, (arrays, gradient)))
-        _, back = jax.vjp(partial(_one_head, shift=shift, masked=masked), *head)
+        _, back = jax.vjp(one_head, *head)
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), arrays, back(back_in))
 
     *of_tokens, of_bias = jax.lax.fori_loop(0, len(inputs[0]), turn, inputs)
