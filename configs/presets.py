@@ -1,8 +1,9 @@
 """MTO's presets, which the configs named `<method>_mto` take after a comma: `configs/mae_mto.py:vit_b,tuned`.
 
 `full`, the default, is our interpretation of the paper with all four of its parts: selective recalibration of visible
-queries, L_spa, L_e and L_r. Its form and weights are this project's choice (docs/method.md). A pilot of SimMIM did not
-show it to be better or worse than the baseline by more than its interval (docs/pilot.md).
+queries, L_spa, L_e and L_r. Its form and weights are this project's choice (docs/method.md). A pilot of SimMIM at five
+epochs did not show it to be better or worse than the baseline by more than its interval; a single run of one epoch was
+2.7 points worse by fine-tuning (docs/pilot.md).
 
 `tuned` is what those studies found best for a method (docs/results.md). They are too small to decide for ImageNet.
 """
