@@ -533,15 +533,6 @@ class MaskedAttention:
             affinity = products(q, jax.lax.stop_gradient(k) if s.stop_keys else k)
             return heterogeneity(affinity, masked, scale_guard=s.scale_guard, per_token=per_token)
 
-        def spatial():
-            if mass is not None:
-                return _spatial_term_of_mass(*mass, masked)
-            if chosen:
-                return fused_spatial_term(q, k, masked, chosen)
-            if s.spa_form == 'mass' and not gated:
-                return spatial_term_of_weights(weights, masked, seen.bias)
-            return jax.checkpoint(lambda q, k: spatial_term(attention.logits(q, k), masked, s.spa_form))(q, k)
-
         gate = self.gate
         if gate is None:
             het = jax.lax.stop_gradient(entropy(q, k, per_token=True))
@@ -551,13 +542,18 @@ class MaskedAttention:
             progress = 1.0 if seen.progress is None else seen.progress
             gate += (1.0 - gate) * jnp.minimum(1.0, progress / s.open_until)
         gated = not isinstance(gate, float) or gate != 1.0
-        mass, wanted = None, self.read and bool(s.w_spa)
+        # Where the statistics have logits of their own, the backward pass makes them anew: kept, they are the largest
+        # arrays of a block.
+        stats, spatial = {}, self.read and bool(s.w_spa)
         if chosen:
             shift = recalibrating_shift(masked, gate, s.rows) if gated else None
-            if chosen == 'heads' and wanted:
+            if spatial and chosen == 'heads':
                 out, mass = attention.head_by_head(q, k, v, seen.bias, shift, masked)
+                stats['spa'] = _spatial_term_of_mass(*mass, masked)
             else:
                 out = attention.fused(q, k, v, seen.bias, chosen, shift)
+                if spatial:
+                    stats['spa'] = fused_spatial_term(q, k, masked, chosen)
         else:
             used = logits if seen.bias is None else logits + seen.bias.astype(jnp.float32)
             used = recalibrate(used, masked, gate, s.rows) if gated else used
@@ -565,10 +561,11 @@ class MaskedAttention:
             out = attention.values(weights, v)
             if self.watch:
                 return out, diagnosis(logits, used, masked, seen.tokens, self.num_prefix)
-        # The backward pass makes the logits of statistics anew: kept, they are the largest arrays of a block.
-        stats = {}
-        if wanted:
-            stats['spa'] = spatial()
+            if spatial and s.spa_form == 'mass' and not gated:
+                stats['spa'] = spatial_term_of_weights(weights, masked, seen.bias)
+            elif spatial:
+                term = jax.checkpoint(lambda q, k: spatial_term(attention.logits(q, k), masked, s.spa_form))
+                stats['spa'] = term(q, k)
         if self.read and (s.w_r or (s.w_e and s.measure == 'entropy')):
             stats['het'] = jax.checkpoint(entropy)(q, k)
         if self.read and s.w_e and s.measure == 'density':
