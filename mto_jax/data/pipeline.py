@@ -119,8 +119,10 @@ def _resize(image, size, method='bicubic'):
     """PIL's, which is faster than TensorFlow's; 'nearest' takes values as they are."""
     if method == 'nearest':
         return tf.image.resize(image, size, method=method)
-    shape = (None, None, image.shape[-1])
-    return tf.ensure_shape(tf.numpy_function(partial(pil.resize, method=method), [image, size], tf.uint8), shape)
+    there = tf.reduce_all(tf.shape(image)[:2] == size)  # small images often are: no call from the graph then
+    resize = partial(pil.resize, method=method)
+    resized = tf.cond(there, lambda: image, lambda: tf.numpy_function(resize, [image, size], tf.uint8))
+    return tf.ensure_shape(resized, (None, None, image.shape[-1]))
 
 
 def train_image(encoded, seed, data) -> tf.Tensor:
