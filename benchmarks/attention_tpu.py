@@ -175,15 +175,20 @@ def compiled(form, stack: str, device):
     return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
 
 
+def device_of(topology: str):
+    """One chip of a slice, to compile for."""
+    compile_tpu.prepare_libtpu()
+    chip = compile_tpu.CHIPS[topology.partition(':')[0]]
+    return topologies.get_topology_desc(topology, 'tpu', chip_config_name=chip.config).devices[0]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--stack', choices=STACKS, default='decoder')
     parser.add_argument('--forms', default=','.join(FORMS))
     parser.add_argument('--topology', default='v5e:2x2')
     args = parser.parse_args()
-    compile_tpu.prepare_libtpu()
-    chip = compile_tpu.CHIPS[args.topology.partition(':')[0]]
-    device = topologies.get_topology_desc(args.topology, 'tpu', chip_config_name=chip.config).devices[0]
+    device = device_of(args.topology)
     for name in args.forms.split(','):
         start_time = time.perf_counter()
         program = compiled(FORMS[name], args.stack, device)

@@ -12,15 +12,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.attention_tpu import IMAGES, device_of
 from mto_jax import attention
 from mto_jax.models.layers import Block
 from mto_jax.models.vit import SIZES
 from mto_jax.tools import compile_tpu
 
-IMAGES = 64
 SEEN = attention.Conditioning()
 
 
@@ -77,9 +76,7 @@ def main():
     parser.add_argument('--forms', type=lambda text: text.split(';'), default=list(FORMS), help='separated by ;')
     parser.add_argument('--topology', default='v5e:2x2')
     args = parser.parse_args()
-    compile_tpu.prepare_libtpu()
-    chip = compile_tpu.CHIPS[args.topology.partition(':')[0]]
-    device = topologies.get_topology_desc(args.topology, 'tpu', chip_config_name=chip.config).devices[0]
+    device = device_of(args.topology)
     for name in args.forms:
         start_time = time.perf_counter()
         program = compiled(FORMS[name], args.size, args.tokens, device)
