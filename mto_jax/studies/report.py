@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mto_jax.analysis.plots import BLOCK_TERMS
 from mto_jax.studies import speed
-from mto_jax.studies.table import BASELINE, read
+from mto_jax.studies.table import BASELINE, PER_BLOCK, read
 
 METRICS = {'linear': 'linear probe', 'knn': 'kNN', 'finetune': 'fine-tuning'}
 # Columns of heterogeneity: each is of one definition and has a panel of its own. Studies write the first; older tables
@@ -60,10 +62,10 @@ class Table:
         return np.array([found[s] for s in seeds])
 
     def curve(self, variant: str, budget: float, column: str, seeds: Sequence[int]) -> tuple[list[float], np.ndarray]:
-        """Epochs of a run's evaluations, without the untrained network, and mean values over the seeds."""
-        rows = [r for r in self._of(variant, budget) if r['seed'] in seeds and r['epoch'] > 0]
-        epochs = sorted({r['epoch'] for r in rows})
-        return epochs, np.array([np.mean([r[column] for r in rows if r['epoch'] == e]) for e in epochs])
+        """Epochs of the runs' evaluations, without the untrained network, and values (seeds, epochs)."""
+        found = {(r['seed'], r['epoch']): r[column] for r in self._of(variant, budget) if r['epoch'] > 0}
+        epochs = sorted({epoch for seed, epoch in found if seed in seeds})
+        return epochs, np.array([[found.get((s, e), np.nan) for e in epochs] for s in seeds])
 
     def watched(self, variant: str, budget: float, seeds: Sequence[int]) -> list[int]:
         """Those of the seeds whose runs were evaluated on their way too."""
@@ -85,10 +87,13 @@ class Table:
         found = {r['seed']: r[column] for r in self._rows if r['epoch'] == 0}  # a seed may have more than one row
         return float(np.mean(list(found.values()) or [np.nan]))
 
-    def heterogeneity(self, variant: str, budget: float, column: str) -> np.ndarray:
-        """Mean over the seeds at the end of the runs, (blocks,), of a column of HETEROGENEITY; empty without values."""
-        rows = [r[column] for r in self._of(variant, budget) if r['epoch'] == budget and r.get(column)]
-        return np.mean([[float(v) for v in r.split()] for r in rows], axis=0) if rows else np.array([])
+    def per_block(self, variant: str, budget: float, column: str) -> dict[float, np.ndarray]:
+        """{epoch: mean over the seeds, (blocks,)} of a column of PER_BLOCK or HETEROGENEITY, in the order of epochs."""
+        found = {}
+        for row in self._of(variant, budget):
+            if row.get(column):
+                found.setdefault(row['epoch'], []).append([float(v) for v in row[column].split()])
+        return {epoch: np.mean(found[epoch], axis=0) for epoch in sorted(found)}
 
     def _of(self, variant, budget):
         return [r for r in self._rows if r['variant'] == variant and r['budget'] == budget]
@@ -111,10 +116,8 @@ def variants_table(table: Table, budget: float) -> list[str]:
         for m in columns:
             base = table.reference(budget, m, seeds, table.baselines)
             values, reference = table.final(variant, budget, m, seeds), table.final(base, budget, m, seeds)
-            gain, half = speed.paired(values, reference)
-            rank += gain
-            spread = '' if np.isnan(half) else f' ± {100 * half:.1f}'
-            cells += [f'{100 * values.mean():.1f}', '' if variant == base else f'{100 * gain:+.1f}{spread}']
+            rank += (values - reference).mean()
+            cells += [f'{100 * values.mean():.1f}', '' if variant == base else _points(values, reference)]
         loss = table.final(variant, budget, 'reconstruction', seeds).mean()
         rows.append((rank, f'| {variant} | {len(seeds)} | ' + ' | '.join(cells) + f' | {loss:.4f} |'))
     return lines + [line for _, line in sorted(rows, key=lambda r: -r[0])]
@@ -143,12 +146,44 @@ def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
             watched = table.watched(best[-1], budgets[-1], table.watched(variant, budgets[-1], seeds))
             epochs, curve = table.curve(variant, budgets[-1], metric, watched)
             other, plain = table.curve(best[-1], budgets[-1], metric, watched)
-            area = speed.rauc(epochs, curve, plain, table.random(metric)) if epochs == other else np.nan
-            gain, half = speed.paired(values[:, -1], reference[:, -1])
-            difference = '' if variant == best[-1] else f'{100 * gain:+.1f} ± {100 * half:.1f}'
-            area = '' if np.isnan(area) else f'{area:.2f}'
+            area = ''
+            if watched and epochs == other:
+                mean, low, high = speed.rauc_interval(epochs, curve, plain, table.random(metric))
+                area = '' if np.isnan(mean) else f'{mean:.2f} ({low:.2f} to {high:.2f})'
+            difference = '' if variant == best[-1] else _points(values[:, -1], reference[:, -1])
             lines.append(f'| {variant} | {title} | {shown} | {area} | {difference} |')
     return lines
+
+
+def half_table(table: Table) -> list[str]:
+    """The paper's claim: one line per variant, metric and pair of budgets of which one is half the other.
+
+    The baseline is at each budget the best of `table.baselines`.
+    """
+    lines = [
+        '| variant | metric | epochs | seeds | against all epochs | against equal epochs | baseline gains | verdict |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    pairs = [(b, 2 * b) for b in reversed(table.budgets) if 2 * b in table.budgets]
+    for metric, title in reversed(METRICS.items()):  # the primary measure first
+        for variant in (v for v in table.variants if v not in table.baselines):
+            for pair in pairs:
+                seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in pair)))
+                if len(seeds) < 2 or metric not in table.measured(pair[1]):
+                    continue
+                values = table.final(variant, pair[0], metric, seeds)
+                best = (table.reference(b, metric, seeds, table.baselines) for b in pair)
+                half, full = (table.final(v, b, metric, seeds) for v, b in zip(best, pair, strict=True))
+                cells = [variant, title, f'{pair[0]:g} for {pair[1]:g}', len(seeds), _points(values, full)]
+                cells += [_points(values, half), _points(full, half), speed.verdict(values, half, full)]
+                lines.append(f'| {" | ".join(map(str, cells))} |')
+    return lines
+
+
+def _points(values: np.ndarray, reference: np.ndarray) -> str:
+    """The mean paired difference in points with its 95% interval."""
+    gain, half = speed.paired(values, reference)
+    return f'{100 * gain:+.1f}' + ('' if np.isnan(half) else f' ± {100 * half:.1f}')
 
 
 def _share(value: float, budgets: Sequence[float]) -> str:
@@ -174,6 +209,7 @@ def write(path: Path) -> None:
             'by the run’s own `mto.affinity` and `mto.scale_guard`. The two are not comparable.',
         ]
     if len(table.budgets) > 1:
+        text += ['', '### Half the epochs', '', *half_table(table)]
         text += ['', '### Speed', '', *speed_table(table, table.baselines)]
         for base in table.baselines if len(table.baselines) > 1 else ():
             text += ['', f'### Speed against `{base}` alone', '', *speed_table(table, [base])]
@@ -182,25 +218,29 @@ def write(path: Path) -> None:
     path.with_suffix('.md').write_text('\n'.join(text) + '\n')
     if len(table.budgets) > 1:
         _plot_budgets(table, path.with_suffix('.png'))
+        if all(table.has(term) for term in PER_BLOCK):
+            _plot_blocks(table, path.with_name(f'{path.stem}_blocks.png'))
     else:
         _plot_variants(table, path.with_suffix('.png'))
 
 
 def _plot_budgets(table: Table, path: Path) -> None:
-    """Final values over budgets with standard errors, a line per variant; and heterogeneity over the blocks."""
+    """Final values over budgets, a thin line per seed and their mean; and heterogeneity over the blocks."""
     shown, per_block = table.measured(table.budgets[-1]), [c for c in HETEROGENEITY if table.has(c)]
     panels = len(shown) + len(per_block)
     fig = Figure(figsize=(4.4 * panels, 3.8), layout='constrained')
     axes = fig.subplots(1, panels, squeeze=False)[0]
     for colour, variant in enumerate(table.variants):
         for axis, metric in zip(axes, shown, strict=False):
-            points = [(b, 100 * table.final(variant, b, metric, table.shared(variant, b))) for b in table.budgets]
-            points = [(b, v) for b, v in points if len(v)]
-            means = [v.mean() for _, v in points]
-            errors = [v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else 0 for _, v in points]
-            axis.errorbar([b for b, _ in points], means, errors, None, f'C{colour}o-', label=variant, capsize=3)
+            # Where a seed lacks a budget, the mean of that budget would be over others.
+            seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in table.budgets)))
+            if seeds:
+                values = 100 * np.array([table.final(variant, b, metric, seeds) for b in table.budgets])
+                axis.plot(table.budgets, values, f'C{colour}-', linewidth=0.8, alpha=0.4)
+                axis.plot(table.budgets, values.mean(1), f'C{colour}o-', label=variant)
         for axis, column in zip(axes[len(shown) :], per_block, strict=True):
-            het = table.heterogeneity(variant, table.budgets[-1], column)
+            ends = table.per_block(variant, table.budgets[-1], column)
+            het = ends.get(table.budgets[-1], ())
             axis.plot(range(len(het)), het, marker='o', color=f'C{colour}', label=variant)
     for axis, metric in zip(axes, shown, strict=False):
         axis.set_xscale('log', base=2)
@@ -214,6 +254,27 @@ def _plot_budgets(table: Table, path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
+def _plot_blocks(table: Table, path: Path) -> None:
+    """What each block shows during the runs of the largest budget: a row per term, a column per variant."""
+    budget = table.budgets[-1]
+    seen = {v: {t: table.per_block(v, budget, t) for t in PER_BLOCK} for v in table.variants}
+    shown = [v for v in table.variants if seen[v][PER_BLOCK[0]]]
+    fig = Figure(figsize=(3.6 * len(shown), 2.8 * len(PER_BLOCK)), layout='constrained')
+    axes = fig.subplots(len(PER_BLOCK), len(shown), squeeze=False, sharex=True, sharey='row')
+    for row, term in zip(axes, PER_BLOCK, strict=True):
+        for axis, variant in zip(row, shown, strict=True):
+            for epoch, values in seen[variant][term].items():
+                axis.plot(values, 'o-', color=colormaps['viridis_r'](epoch / budget), label=f'{epoch:g} epochs')
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(BLOCK_TERMS[term].replace(' (', '\n('), fontsize=9)
+    for top, bottom, variant in zip(axes[0], axes[-1], shown, strict=True):
+        top.set_title(variant, fontsize=10)
+        bottom.set_xlabel('block')
+    axes[0, 0].legend(fontsize=8)
     fig.savefig(path, dpi=110)
 
 

@@ -30,7 +30,7 @@ from mto_jax.evals import features, frozen
 from mto_jax.runtime import cpu, environment, parallel
 from mto_jax.runtime.workdir import hold
 from mto_jax.studies import finetune
-from mto_jax.studies.table import BASELINE, append, columns, done
+from mto_jax.studies.table import BASELINE, PER_BLOCK, append, columns, done
 from mto_jax.training import checkpoint, feed, job, train_state
 from mto_jax.training.loop import Record, Seen, Watch, fit
 from mto_jax.training.start import initialised
@@ -132,7 +132,7 @@ def _train(config, seeds, train, test, run_dir: Path, from_zero: bool) -> list[d
     evaluate = _evaluator(training, config, train, test)
 
     def probe(step, states):
-        each = [evaluate(feed.take(states, i), step == total) for i in range(len(seeds))]
+        each = [evaluate(feed.take(states, i)) for i in range(len(seeds))]
         return Seen({name: [e[name] for e in each] for name in each[0]})
 
     def tune(step, states):
@@ -219,28 +219,30 @@ class Rows(Record):
 
 
 def _evaluator(training, config, train, test):
-    """`evaluate(state, last) -> {'linear', 'knn', 'reconstruction', 'het'}`; NaN if features are unusable."""
+    """`evaluate(state)`: a row's accuracies, loss and terms per block; NaN and none if features are unusable."""
     mesh, encode = parallel.make_mesh(1), features.encoder(training.objective.method, config)
     part = order.subset(len(train[0]), config.eval.train_examples or len(train[0]))
     diagnose = jax.jit(training.diagnose)
     shown, key = test[0][order.subset(len(test[0]), 2000)], train_state.stream(0, 'diagnose')
 
-    def evaluate(state, last):
+    def evaluate(state):
         banks = []
         for examples in ((train[0][part], train[1][part]), test):
             batches = memory.batches(*examples, config.eval.batch_size)
             banks.append(features.collect(encode, features.weights(state, config.eval), batches, mesh))
         if not all(features.usable(bank).all() for bank in banks):
-            return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan')) | {'het': None}
+            return dict.fromkeys(('linear', 'knn', 'reconstruction'), float('nan')) | dict.fromkeys(PER_BLOCK)
         found = frozen.accuracies(*banks, config.eval, config.data.num_classes, mesh)
         seen = jax.device_get(diagnose(state, shown, key))
-        het = [v for name, values in seen['blocks'].items() if name.split('.')[0] == 'het' for v in values]
-        return {
+        row = {
             'linear': found['linear'],
             'knn': found[f'knn_{config.eval.knn_k[-1]}'],
             'reconstruction': float(sum(seen['losses'].values())),
-            'het': ' '.join(f'{v:.3f}' for v in het) if last else None,
         }
+        for term in PER_BLOCK:
+            stacks = (values for name, values in seen['blocks'].items() if name.split('.')[0] == term)
+            row[term] = ' '.join(f'{v:.4g}' for v in itertools.chain(*stacks))
+        return row
 
     return evaluate
 

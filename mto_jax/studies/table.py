@@ -9,6 +9,8 @@ from pathlib import Path
 from mto_jax.errors import UserError
 
 BASELINE = 'baseline'  # the variant that others are compared with
+# Terms of `mto.diagnosis`: a cell has the values of all blocks, one stack after another.
+PER_BLOCK = ('het', 'het_token', 'rho', 'mass_used')
 COLUMNS = (
     'config',  # fingerprint of everything that shaped the run
     'method',
@@ -20,7 +22,7 @@ COLUMNS = (
     'knn',
     'finetune',  # the accuracy after it; at the end only, and of the untrained network
     'reconstruction',  # the method's own loss on evaluation images under fixed masks
-    'het',  # heterogeneity per block as `mto.diagnosis` has it, one stack after another, at the end only
+    *PER_BLOCK,
     'step_seconds',  # of training, all seeds of the dispatch together
     'commit',  # of the code that trained, see `environment.commit`
 )

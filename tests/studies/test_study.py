@@ -15,7 +15,7 @@ from mto_jax import methods
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.studies import report, speed, study
-from mto_jax.studies.table import COLUMNS, append, read
+from mto_jax.studies.table import COLUMNS, PER_BLOCK, append, read
 from mto_jax.tasks import pretrain
 from mto_jax.training import feed, job, train_state
 from mto_jax.training.loop import Record, fit
@@ -60,17 +60,18 @@ def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
         jax.tree_util.tree_map_with_path(compare, mine.model_state, state.model_state)
 
 
-def test_rows_hold_the_heterogeneity_of_every_stack(config):
-    """Of a method with two: both, at the end of a run only."""
+def test_rows_hold_the_blocks_of_every_stack(config):
+    """Of a method with two: both."""
     config.method, config.data.crop = 'tests.toy_method', 'resize'
     images = memory.load(config.data, 'train[:64]')
     training = job.prepare(config, 64)
     state, key = jax.jit(training.create)(0), train_state.stream(0, 'diagnose')
     evaluate = study._evaluator(training, config, images, images)
     blocks = training.diagnose(state, images[0], key)['blocks']
-    want = np.concatenate([blocks['het.encoder'], blocks['het.predictor']])
-    assert [float(v) for v in evaluate(state, True)['het'].split()] == pytest.approx(list(want), abs=1e-3)
-    assert evaluate(state, False)['het'] is None
+    row = evaluate(state)
+    for term in PER_BLOCK:
+        want = np.concatenate([blocks[f'{term}.encoder'], blocks[f'{term}.predictor']])
+        assert [float(v) for v in row[term].split()] == pytest.approx(list(want), rel=1e-3)
 
 
 def test_in_memory_refuses_crops(config):
@@ -178,6 +179,29 @@ def test_match_interval_brackets_the_estimate():
     assert speed.match_interval((1, 2, 4), baseline - 0.1, baseline) == (INF, INF, INF)
 
 
+def test_rauc_interval_by_hand():
+    """Areas of 1.1 and 1.3 times the baseline's 1: the interval of two seeds is their range."""
+    plain = np.array([[1.0, 3.0], [1.0, 3.0]])
+    found = speed.rauc_interval((0, 1), plain + np.array([[0.1], [0.3]]), plain, 1.0)
+    assert found == pytest.approx((1.2, 1.1, 1.3))
+
+
+@pytest.mark.parametrize(
+    ('values', 'full', 'want'),
+    [
+        # Of a baseline with .700, .702, .704 at E/2. The t quantile of three seeds is 4.303.
+        ((0.718, 0.720, 0.722), (0.718, 0.720, 0.722), 'reproduced'),
+        ((0.716, 0.718, 0.720), (0.718, 0.720, 0.722), 'reproduced'),  # 0.2 points behind, without spread
+        ((0.714, 0.716, 0.718), (0.718, 0.720, 0.722), 'partly'),  # 0.4 behind, 1.4 ahead
+        ((0.718, 0.720, 0.722), (0.722, 0.720, 0.718), 'partly'),  # equal, by +-1.0; 1.8 ahead
+        ((0.700, 0.702, 0.710), (0.718, 0.720, 0.722), 'not'),  # 0.2 ahead, by +-0.9
+        ((0.718, 0.720, 0.722), (0.702, 0.704, 0.706), 'not testable'),  # it gains 0.2 points
+    ],
+)
+def test_verdict_by_hand(values, full, want):
+    assert speed.verdict(values, (0.700, 0.702, 0.704), full) == want
+
+
 @pytest.fixture
 def two_runs(config):
     """A grid of two variants with two seeds at once, of the smallest model."""
@@ -230,7 +254,7 @@ def test_unusable_features_are_a_row_of_nan(two_runs, monkeypatch, value, which)
 
     monkeypatch.setattr(study.features, 'collect', broken)
     training = job.prepare(two_runs, 40)
-    row = study._evaluator(training, two_runs, *data)(training.create(0), False)
+    row = study._evaluator(training, two_runs, *data)(training.create(0))
     assert len(calls) == 2
     assert all(math.isnan(row[k]) for k in ('linear', 'knn', 'reconstruction'))
 
@@ -257,7 +281,7 @@ def test_evaluations_see_all_classes(two_runs, monkeypatch):
     monkeypatch.setattr(study.jax, 'jit', lambda f: f)
     monkeypatch.setattr(study.frozen, 'accuracies', lambda *_: {'linear': 0.1, f'knn_{two_runs.eval.knn_k[-1]}': 0.1})
     training = job.prepare(two_runs, 600)
-    study._evaluator(training, two_runs, train, test)(training.create(0), False)
+    study._evaluator(training, two_runs, train, test)(training.create(0))
     assert labels[0].tolist() == train[1][order.subset(600, 60)].tolist()
     positions = shown[0].reshape(-1, 4).copy().view(np.uint32)[:, 0]
     assert set(test[1][positions]) == set(range(10))
@@ -274,22 +298,25 @@ def test_report_by_hand(tmp_path):
                 for part in (0.5, 1.0):
                     value = 0.7 + 0.01 * i + gain + 0.001 * seed - 0.02 * (1 - part)
                     row = about | {'epoch': part * budget, 'linear': value, 'knn': value, 'reconstruction': 0.3}
-                    rows.append(row | {'het': '0.9 0.8', 'step_seconds': 0.1 + gain})
+                    rows.append(row | dict.fromkeys(PER_BLOCK, f'{part} 0.8') | {'step_seconds': 0.1 + gain})
     rows += [r | {'epoch': 0.0, 'linear': 0.6, 'knn': 0.6, 'het': None} for r in rows if r['variant'] == 'baseline']
     append(tmp_path / 'a.csv', rows)
     report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
     # It starts above where the baseline ends; areas over epochs 2 to 4, above .6: (.136 + .146) over (.111 + .121).
-    assert f'| better, too | linear probe | at most 0.25 (at most 0.25 to at most 0.25) | {0.282 / 0.232:.2f} |' in text
-    assert '| baseline | linear probe | 1.00 (1.00 to 1.00) | 1.00 |' in text
+    assert f'| better, too | linear probe | at most 0.25 (at most 0.25 to at most 0.25) | {0.282 / 0.232:.2f} (' in text
+    assert '| baseline | linear probe | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |' in text
+    half = '| 3 | +1.5 ± 0.0 | +2.5 ± 0.0 | +1.0 ± 0.0 | reproduced |'
+    assert f'| better, too | kNN | 2 for 4 {half}' in text
+    assert f'| better, too | linear probe | 1 for 2 {half}' in text
     assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 |' in text
-    assert (tmp_path / 'a.png').stat().st_size > 10_000
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ('a.png', 'a_blocks.png'))
     # One seed that was measured at the end only: it counts there, and not in the areas.
     (tmp_path / 'a.csv').unlink()
     append(tmp_path / 'a.csv', [r for r in rows if r['seed'] != 2 or r['epoch'] == r['budget']])
     report.write(tmp_path / 'a.csv')
     text = (tmp_path / 'a.md').read_text()
-    assert f' | {0.281 / 0.231:.2f} |' in text
+    assert f' | {0.281 / 0.231:.2f} (' in text
     assert '| better, too | 3 | 74.6 |' in text
     # A second baseline, 3 points better at the first budget and 1 point worse at the others: what counts is the better.
     shift = {1.0: 0.03, 2.0: -0.01, 4.0: -0.01}
