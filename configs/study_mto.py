@@ -3,8 +3,8 @@
     python -m mto_jax.studies --config=configs/study_mto.py:simmim,pilot    # mae, bootmae, conmim; see STAGES
 
 `pilot`: the baseline alone, which chooses the regime. `readings`: interpretations of MTO that configs/study_simmim.py
-and configs/study_mae.py do not have, at one epoch. `precision`: the baseline in bfloat16, at one epoch. These are
-measured on validation images; `main` (baseline, `full` and `tuned`) and `ablation` are measured on the test images.
+and configs/study_mae.py do not have, at one epoch. `weights`: forms of `full`, at one epoch. `precision`: the baseline in
+bfloat16, at one epoch. These are measured on validation images; `main` (baseline, `full` and `tuned`) and `ablation` are measured on the test images.
 """
 
 from configs import bootmae, conmim, presets, quickstart, study_mae, study_simmim
@@ -69,6 +69,32 @@ def readings(c):
     return c
 
 
+def weights(c):
+    """What `full` should be, with all of its parts; and the forms of recalibration that did best in `readings`."""
+    full, weaker = presets.FULL, presets.FULL | {'w_e': 0.03, 'w_r': 0.3}
+    fades, opens = {'fade': ('spa', 'e', 'r')}, {'open_until': 0.5}
+    ramp = {'recalibration': 'ramp', 'rows': 'all'}
+    c = readings(c)
+    c.study.variants = {
+        'baseline': {},
+        'full': mto(**full),
+        'tuned': mto(**presets.TUNED[c.method]),
+        'full, all terms fade': mto(**full, **fades),
+        'full, e r weights x 30%': mto(**weaker),
+        'full, e r weights x 10%': mto(**full | {'w_e': 0.01, 'w_r': 0.1}),
+        'full, e r weights x 30%, spa 3': mto(**weaker | {'w_spa': 3.0}),
+        'full, e r weights x 30%, all terms fade': mto(**weaker, **fades),
+        'full, e r weights x 30%, gates open by half': mto(**weaker, **opens),
+        'full, e r weights x 30%, gates open and terms fade by half': mto(**weaker, **opens, **fades, fade_until=0.5),
+        'full, e r weights x 30%, for all rows, gates open by half': mto(**weaker, **opens, rows='all'),
+        'ramp for all rows, gates open by half': mto(**ramp, **opens),
+        'ramp for all rows and spa 3, gates open and it fades by half': mto(
+            **ramp, **opens, w_spa=3.0, fade=('spa',), fade_until=0.5
+        ),
+    }
+    return c
+
+
 def main(c):
     c.study.variants = {'baseline': {}} | {
         name: mto(**fields) for name, fields in (('full', presets.FULL), ('tuned', presets.TUNED[c.method]))
@@ -101,7 +127,14 @@ def precision(c):
 
 
 METHODS = ('mae', 'simmim', 'bootmae', 'conmim')
-STAGES = {'pilot': pilot, 'readings': readings, 'main': main, 'ablation': ablation, 'precision': precision}
+STAGES = {
+    'pilot': pilot,
+    'readings': readings,
+    'weights': weights,
+    'main': main,
+    'ablation': ablation,
+    'precision': precision,
+}
 
 
 def get_config(argument: str):
