@@ -3,8 +3,9 @@
     python -m mto_jax.studies --config=configs/study_mto.py:simmim,pilot    # mae, bootmae, conmim; see STAGES
 
 `pilot`: the baseline alone, which chooses the regime. `readings`: interpretations of MTO that configs/study_simmim.py
-and configs/study_mae.py do not have, at one epoch. `weights`: forms of `full`, at one epoch. `precision`: the baseline in
-bfloat16, at one epoch. These are measured on validation images; `main` (baseline, `full` and `tuned`) and `ablation` are measured on the test images.
+and configs/study_mae.py do not have. `weights`: forms of `full`. `precision`: the baseline in bfloat16. The last three
+train one epoch, and all four are measured on validation images; `main` (baseline, `full` and `tuned`) and `ablation`
+are measured on the test images.
 """
 
 from configs import bootmae, conmim, presets, quickstart, study_mae, study_simmim
