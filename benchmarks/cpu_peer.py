@@ -1,6 +1,7 @@
 """The MAE pre-training step on a CPU in float32: ours against Hugging Face's ViTMAEForPreTraining.
 
     python -m benchmarks.cpu_peer --out=rows.jsonl [--sizes=quickstart,s,b] [--rounds=9]
+    python -m benchmarks.cpu_peer --profile --sizes=quickstart    # what a step of ours is made of; needs no peer
 
 One long-lived process per contestant: ours, the peer eager, and the peer under torch.compile. All keep freed memory
 (`cpu.keep_memory`); the peer has SDPA and fused AdamW. First the peers load our weights, and their losses must agree
@@ -12,6 +13,7 @@ as training does, and logs norms of gradients and parameters; the peer gets norm
 """
 
 import argparse
+import collections
 import json
 import resource
 import statistics
@@ -87,6 +89,23 @@ class Ours:
             self.state, self.meter = self.step(self.state, self.meter, {}, self.batch, self.key)
         jax.block_until_ready((self.state, self.meter))
         return {'seconds': time.perf_counter() - start_time}
+
+    def profile(self, steps: int) -> dict:
+        """What a step is made of, by kind of operation: thread-milliseconds and number of operations, most first."""
+        import jax
+
+        spent, count = collections.Counter(), collections.Counter()
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                self.time(steps)
+            (trace,) = Path(folder).rglob('*.xplane.pb')
+            planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        for event in (e for plane in planes for line in plane.lines for e in line.events):
+            if name := dict(event.stats).get('hlo_op'):
+                kind = name.rstrip('.0123456789')
+                spent[kind] += event.duration_ns / 1e6 / steps
+                count[kind] += 1 / steps
+        return {kind: [round(ms, 3), round(count[kind])] for kind, ms in spent.most_common()}
 
 
 class Peer:
@@ -186,6 +205,7 @@ def main():
     parser.add_argument('--sizes', default='quickstart,s,b')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--profile', action='store_true', help='list what a step of ours is made of, and time nothing')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     parser.add_argument('--job', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -195,7 +215,13 @@ def main():
     from mto_jax.runtime import environment
 
     for size in args.sizes.split(','):
-        for row in measure(size, args.rounds, args.threads):
+        if args.profile:
+            side = Ours('ours', size, args.threads)
+            side.time(3)  # compiles
+            rows = [{'size': size, 'profile': side.profile(20)}]
+        else:
+            rows = measure(size, args.rounds, args.threads)
+        for row in rows:
             row |= {'commit': environment.commit(), 'threads': args.threads}
             print(json.dumps(row), flush=True)
             if args.out:

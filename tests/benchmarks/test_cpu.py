@@ -42,6 +42,19 @@ def test_ways_to_train_a_study(config, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_a_step_is_made_of(monkeypatch):
+    monkeypatch.setattr(cpu_peer.cpu, 'keep_memory', lambda: None)
+    side = cpu_peer.Ours('ours', 'tiny', 1)
+    side.time(1)
+    found = side.profile(2)
+    spent = [ms for ms, _ in found.values()]
+    assert spent == sorted(spent, reverse=True)
+    products = sum(count for kind, (_, count) in found.items() if kind in ('dot', 'ynn_fusion'))
+    # Of each of the 4 blocks: 6 products, and 2 of the gradients of each, at least.
+    assert products >= 4 * 18
+
+
+@pytest.mark.slow
 def test_streamed_training():
     row = streamed.measure(64, 1, 1)
     limit = 1 / (1 / row['decode'] + 1 / row['resident'])
