@@ -195,12 +195,13 @@ def _share(value: float, budgets: Sequence[float]) -> str:
 def write(path: Path) -> None:
     """`<name>.md` and `<name>.png` next to the table `<name>.csv`."""
     table = Table(path)
-    random = ', '.join(f'{title} {100 * table.random(m):.1f}' for m, title in list(METRICS.items())[:2])
+    random = {title: table.random(m) for m, title in METRICS.items()}
+    random = ', '.join(f'{title} {100 * value:.1f}' for title, value in random.items() if not np.isnan(value))
     best = 'the better of the baselines at the budget' if len(table.baselines) > 1 else BASELINE
     text = [
         f'Made from {path.name} by `python -m mto_jax.studies.report`. Accuracies in percent, differences in',
         f'points from {best} over paired seeds, with 95% t intervals.',
-        f'An untrained network: {random}.',
+        f'An untrained network: {random or "not measured"}.',
     ]
     if table.has('het_own'):
         text += [
@@ -214,7 +215,7 @@ def write(path: Path) -> None:
         for base in table.baselines if len(table.baselines) > 1 else ():
             text += ['', f'### Speed against `{base}` alone', '', *speed_table(table, [base])]
     for budget in reversed(table.budgets):
-        text += ['', f'### {table.method}, {budget:g} epochs', '', *variants_table(table, budget)]
+        text += ['', f'### {table.method}, {budget:g} epoch{"s" * (budget != 1)}', '', *variants_table(table, budget)]
     path.with_suffix('.md').write_text('\n'.join(text) + '\n')
     if len(table.budgets) > 1:
         _plot_budgets(table, path.with_suffix('.png'))
@@ -282,9 +283,9 @@ def _plot_variants(table: Table, path: Path) -> None:
     """Paired differences from the baseline, one row per variant, one dot per seed."""
     budget, base = table.budgets[-1], table.variants[0]
     others = [v for v in table.variants[1:] if table.shared(v, budget)]
-    shown = ('linear', 'knn', 'reconstruction')
-    fig = Figure(figsize=(12, 1.2 + 0.27 * len(others)), layout='constrained')
-    for axis, metric in zip(fig.subplots(1, 3, sharey=True), shown, strict=True):
+    shown = (*table.measured(budget), 'reconstruction')
+    fig = Figure(figsize=(2.5 + 3.2 * len(shown), 1.2 + 0.27 * len(others)), layout='constrained')
+    for axis, metric in zip(fig.subplots(1, len(shown), sharey=True), shown, strict=True):
         scale = 1 if metric == 'reconstruction' else 100
         for row, variant in enumerate(others):
             seeds = table.shared(variant, budget)
