@@ -1,9 +1,9 @@
 """Tables and pictures of studies: `python -m mto_jax.studies.report docs/results`.
 
-Every `<name>.csv` of the folder, as `mto_jax.studies` writes it, becomes `<name>.md` and `<name>.png` next to it. Only
-seeds that a variant shares with the baselines are compared: with `baseline`, and with every variant whose name begins
-so, such as the baseline at the method's learning rate. Of several, the one that is better on a metric at a budget is
-what others must beat there.
+Every `<name>.csv` of the folder, as `mto_jax.studies` writes it, becomes `<name>.md` and `<name>.png` next to it; and
+`<name>_blocks.png` where there are several budgets and terms per block. Only seeds that a variant shares with the
+baselines are compared: with `baseline`, and with every variant whose name begins so, such as the baseline at the
+method's learning rate. Of several, the one that is better on a metric at a budget is what others must beat there.
 """
 
 import argparse
@@ -193,7 +193,7 @@ def _share(value: float, budgets: Sequence[float]) -> str:
 
 
 def write(path: Path) -> None:
-    """`<name>.md` and `<name>.png` next to the table `<name>.csv`."""
+    """`<name>.md` next to the table `<name>.csv`, and pictures where there is something to compare."""
     table = Table(path)
     random = {title: table.random(m) for m, title in METRICS.items()}
     random = ', '.join(f'{title} {100 * value:.1f}' for title, value in random.items() if not np.isnan(value))
@@ -210,7 +210,8 @@ def write(path: Path) -> None:
             'by the run’s own `mto.affinity` and `mto.scale_guard`. The two are not comparable.',
         ]
     if len(table.budgets) > 1:
-        text += ['', '### Half the epochs', '', *half_table(table)]
+        if len(table.variants) > len(table.baselines):
+            text += ['', '### Half the epochs', '', *half_table(table)]
         text += ['', '### Speed', '', *speed_table(table, table.baselines)]
         for base in table.baselines if len(table.baselines) > 1 else ():
             text += ['', f'### Speed against `{base}` alone', '', *speed_table(table, [base])]
@@ -221,7 +222,7 @@ def write(path: Path) -> None:
         _plot_budgets(table, path.with_suffix('.png'))
         if all(table.has(term) for term in PER_BLOCK):
             _plot_blocks(table, path.with_name(f'{path.stem}_blocks.png'))
-    else:
+    elif len(table.variants) > 1:
         _plot_variants(table, path.with_suffix('.png'))
 
 
@@ -310,7 +311,7 @@ def main() -> None:
         parser.error(f'{folder} has no .csv tables')
     for path in tables:
         write(path)
-        print(path.with_suffix('.md'), path.with_suffix('.png'))
+        print(path.with_suffix('.md'))
 
 
 if __name__ == '__main__':
