@@ -658,12 +658,8 @@ def test_the_flagship_config():
     assert isinstance(plain, ConfigDict)
     assert (plain.model.size, plain.epochs, flagship.epochs) == ('l', 800, 400)
     assert flagship.mto.enabled
-    assert (flagship.mto.recalibration, flagship.mto.w_spa, flagship.mto.w_e, flagship.mto.w_r) == (
-        'adaptive',
-        1,
-        0.1,
-        1,
-    )
+    mto = flagship.mto
+    assert (mto.recalibration, mto.w_spa, mto.w_e, mto.w_r) == ('adaptive', 3.0, 0.03, 0.3)
     tuned = mae_mto.get_config('vit_l,tuned')
     assert (tuned.model.size, tuned.mto.recalibration, tuned.mto.w_r) == ('l', 'ramp', 0)
     with pytest.raises(ValueError, match=r"'best'; it must be one of full, tuned"):
