@@ -92,15 +92,8 @@ class Ours:
 
     def profile(self, steps: int) -> dict:
         """What a step is made of, by kind of operation: thread-milliseconds and number of operations, most first."""
-        import jax
-
         spent, count = collections.Counter(), collections.Counter()
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                self.time(steps)
-            (trace,) = Path(folder).rglob('*.xplane.pb')
-            planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-        for event in (e for plane in planes for line in plane.lines for e in line.events):
+        for _, _, event in gpu.profiled(lambda: self.time(steps)):
             if name := dict(event.stats).get('hlo_op'):
                 kind = name.rstrip('.0123456789')
                 spent[kind] += event.duration_ns / 1e6 / steps

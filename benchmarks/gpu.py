@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -379,20 +380,27 @@ class Ours:
 
     def profile(self, name: str, file: str) -> dict:
         """Write the time per kernel of a step, the mean of three, to `file`.jsonl; returns `account` of it."""
-        import jax
-
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                self.time(name, 3)
-            total = collections.Counter()
-            for trace in Path(folder).rglob('*.xplane.pb'):
-                for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
-                    for line in plane.lines if plane.name.startswith('/device:GPU') else ():
-                        for event in line.events if line.name.startswith('Stream') else ():
-                            total[event.name] += event.duration_ns / 3e6
+        total = collections.Counter()
+        for plane, line, event in profiled(lambda: self.time(name, 3)):
+            if plane.startswith('/device:GPU') and line.startswith('Stream'):
+                total[event.name] += event.duration_ns / 3e6
         kernels = with_operations(total, self.steps[name].as_text())
         Path(f'{file}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in kernels))
         return account(kernels)
+
+
+def profiled(run: Callable[[], object]) -> Iterator[tuple[str, str, object]]:
+    """(plane, line, event) of everything that a profile of `run()` has recorded; planes and lines by name."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        for trace in Path(folder).rglob('*.xplane.pb'):
+            for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+                for line in plane.lines:
+                    for event in line.events:
+                        yield plane.name, line.name, event
 
 
 def with_operations(total: dict[str, float], program: str) -> list[list]:
