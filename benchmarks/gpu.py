@@ -38,7 +38,8 @@ ROUNDS, STEPS = 7, 8
 LIMIT = 0.97  # of the card's memory, what jax may take
 KEPT = 0.93  # of the card's memory, what a step may take where the largest batch is looked for
 
-OURS = ('ours', 'ours, mto', 'ours, plain')
+PRESETS = {'mto': 'tuned', 'full': 'full'}  # MTO's preset, by the last word of a variant's name
+OURS = ('ours', 'ours, mto', 'ours, full', 'ours, plain')
 PEER = ('peer, compiled', 'peer, compiled, graphs', 'peer, eager')
 
 
@@ -327,8 +328,8 @@ class Ours:
 
         method = self.job['method']
         config = described({'mae': mae, 'simmim': simmim}[method].get_config(f'vit_{self.job["size"]}'), self.job)
-        if name.endswith('mto'):
-            config = presets.with_mto(config, 'tuned')
+        if preset := PRESETS.get(name.split(', ')[-1]):
+            config = presets.with_mto(config, preset)
         if "peer's model" in name:  # ViTForMaskedImageModeling: learned positions, no layer scale, no dropped paths
             m = config.model
             m.relative_bias, m.position, m.layer_scale, m.drop_path, m.qkv_bias = False, 'learned', 0.0, 0.0, 'qkv'
