@@ -2,10 +2,10 @@
 
     python -m mto_jax.studies --config=configs/study_mto.py:simmim,pilot    # mae, bootmae, conmim; see STAGES
 
-`pilot`: the baseline alone, which chooses the regime. `readings`: interpretations of MTO that configs/study_simmim.py
-and configs/study_mae.py do not have. `weights`: forms of `full`. `precision`: the baseline in bfloat16. The last three
-train one epoch, and all four are measured on validation images; `main` (baseline, `full` and `tuned`) and `ablation`
-are measured on the test images.
+`pilot`: the baseline alone, which chooses the regime. `rates`: its learning rate. `readings`: interpretations of MTO
+that configs/study_simmim.py and configs/study_mae.py do not have. `weights`: forms of `full`. `precision`: the baseline
+in bfloat16. The last four train one epoch, and all five are measured on validation images; `main` (baseline, `full`
+and `tuned`) and `ablation` are measured on the test images.
 """
 
 from configs import bootmae, conmim, presets, quickstart, study_mae, study_simmim
@@ -36,6 +36,15 @@ def regime(method: str):
 def pilot(c):
     c.study.variants = {'baseline': {}}
     c.study.split, c.study.seeds = 'val', (0, 1, 2)
+    return c
+
+
+def rates(c):
+    """The baseline's peak learning rate."""
+    peaks = ('5e-4', '1e-3', '2e-3', '4e-3', '8e-3')
+    c.study.variants = {'baseline': {}} | {f'rate {peak}': {'optim': rate(c, float(peak))} for peak in peaks}
+    c.study.budgets, c.study.evaluations = (1.0,), 1
+    c.study.split, c.study.seeds = 'val', (0, 1)
     return c
 
 
@@ -131,6 +140,7 @@ def precision(c):
 METHODS = ('mae', 'simmim', 'bootmae', 'conmim')
 STAGES = {
     'pilot': pilot,
+    'rates': rates,
     'readings': readings,
     'weights': weights,
     'main': main,
