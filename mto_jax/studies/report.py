@@ -1,8 +1,8 @@
 """Tables and pictures of studies: `python -m mto_jax.studies.report docs/results`.
 
-Every `<name>.csv` of the folder, as `mto_jax.studies` writes it, becomes `<name>.md` and `<name>.png` next to it; and
-`<name>_blocks.png` where there are several budgets and terms per block. Only seeds that a variant shares with the
-baselines are compared: with `baseline`, and with every variant whose name begins so, such as the baseline at the
+Every `<name>.csv` in the folder and below, as `mto_jax.studies` writes it, becomes `<name>.md` and `<name>.png` next to
+it; and `<name>_blocks.png` where there are several budgets and terms per block. Only seeds that a variant shares with
+the baselines are compared: with `baseline`, and with every variant whose name begins so, such as the baseline at the
 method's learning rate. Of several, the one that is better on a metric at a budget is what others must beat there.
 """
 
@@ -158,7 +158,7 @@ def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
 def half_table(table: Table) -> list[str]:
     """The paper's claim: one line per variant, metric and pair of budgets of which one is half the other.
 
-    The baseline is at each budget the best of `table.baselines`.
+    The baseline is at each budget the best of `table.baselines`; the variant needs no run of all epochs.
     """
     lines = [
         '| variant | metric | epochs | seeds | against all epochs | against equal epochs | baseline gains | verdict |',
@@ -168,7 +168,7 @@ def half_table(table: Table) -> list[str]:
     for metric, title in reversed(METRICS.items()):  # the primary measure first
         for variant in (v for v in table.variants if v not in table.baselines):
             for pair in pairs:
-                seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in pair)))
+                seeds = sorted(set(table.shared(variant, pair[0])) & set(table.shared(BASELINE, pair[1])))
                 if len(seeds) < 2 or metric not in table.measured(pair[1]):
                     continue
                 values = table.final(variant, pair[0], metric, seeds)
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('folder', type=Path)
     folder = parser.parse_args().folder
-    tables = sorted(folder.glob('*.csv'))
+    tables = sorted(folder.rglob('*.csv'))
     if not tables:
         parser.error(f'{folder} has no .csv tables')
     for path in tables:

@@ -311,6 +311,11 @@ def test_report_by_hand(tmp_path):
     assert f'| better, too | linear probe | 1 for 2 {half}' in text
     assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 |' in text
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ('a.png', 'a_blocks.png'))
+    # The claim itself needs no run of the method with all epochs.
+    (tmp_path / 'a.csv').unlink()
+    append(tmp_path / 'a.csv', [r for r in rows if (r['variant'], r['budget']) != ('better, too', 4.0)])
+    report.write(tmp_path / 'a.csv')
+    assert f'| better, too | kNN | 2 for 4 {half}' in (tmp_path / 'a.md').read_text()
     # One seed that was measured at the end only: it counts there, and not in the areas.
     (tmp_path / 'a.csv').unlink()
     append(tmp_path / 'a.csv', [r for r in rows if r['seed'] != 2 or r['epoch'] == r['budget']])
