@@ -48,6 +48,10 @@ class Table:
     def seeds(self, variant: str, budget: float) -> set[int]:
         return {r['seed'] for r in self._of(variant, budget) if r['epoch'] == budget}
 
+    def budgets_of(self, variant: str) -> list[float]:
+        """Those of the budgets that the variant has finished."""
+        return [b for b in self.budgets if self.seeds(variant, b)]
+
     def shared(self, variant: str, budget: float) -> list[int]:
         """Seeds that the variant and all baselines have finished, ascending."""
         return sorted(set.intersection(*(self.seeds(v, budget) for v in (variant, *self.baselines))))
@@ -235,14 +239,15 @@ def _plot_budgets(table: Table, path: Path) -> None:
     for colour, variant in enumerate(table.variants):
         for axis, metric in zip(axes, shown, strict=False):
             # Where a seed lacks a budget, the mean of that budget would be over others.
-            seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in table.budgets)))
+            budgets = table.budgets_of(variant)
+            seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in budgets)))
             if seeds:
-                values = 100 * np.array([table.final(variant, b, metric, seeds) for b in table.budgets])
-                axis.plot(table.budgets, values, f'C{colour}-', linewidth=0.8, alpha=0.4)
-                axis.plot(table.budgets, values.mean(1), f'C{colour}o-', label=variant)
+                values = 100 * np.array([table.final(variant, b, metric, seeds) for b in budgets])
+                axis.plot(budgets, values, f'C{colour}-', linewidth=0.8, alpha=0.4)
+                axis.plot(budgets, values.mean(1), f'C{colour}o-', label=variant)
         for axis, column in zip(axes[len(shown) :], per_block, strict=True):
-            ends = table.per_block(variant, table.budgets[-1], column)
-            het = ends.get(table.budgets[-1], ())
+            last = table.budgets_of(variant)[-1]
+            het = table.per_block(variant, last, column).get(last, ())
             axis.plot(range(len(het)), het, marker='o', color=f'C{colour}', label=variant)
     for axis, metric in zip(axes, shown, strict=False):
         axis.set_xscale('log', base=2)
@@ -260,9 +265,9 @@ def _plot_budgets(table: Table, path: Path) -> None:
 
 
 def _plot_blocks(table: Table, path: Path) -> None:
-    """What each block shows during the runs of the largest budget: a row per term, a column per variant."""
+    """What each block shows during the runs of a variant's largest budget: a row per term, a column per variant."""
     budget = table.budgets[-1]
-    seen = {v: {t: table.per_block(v, budget, t) for t in PER_BLOCK} for v in table.variants}
+    seen = {v: {t: table.per_block(v, table.budgets_of(v)[-1], t) for t in PER_BLOCK} for v in table.variants}
     shown = [v for v in table.variants if seen[v][PER_BLOCK[0]]]
     fig = Figure(figsize=(3.6 * len(shown), 2.8 * len(PER_BLOCK)), layout='constrained')
     axes = fig.subplots(len(PER_BLOCK), len(shown), squeeze=False, sharex=True, sharey='row')
@@ -274,7 +279,7 @@ def _plot_blocks(table: Table, path: Path) -> None:
             axis.grid(alpha=0.3)
         row[0].set_ylabel(BLOCK_TERMS[term].replace(' (', '\n('), fontsize=9)
     for top, bottom, variant in zip(axes[0], axes[-1], shown, strict=True):
-        top.set_title(variant, fontsize=10)
+        top.set_title(f'{variant}, {table.budgets_of(variant)[-1]:g} epochs', fontsize=10)
         bottom.set_xlabel('block')
     axes[0, 0].legend(fontsize=8)
     fig.savefig(path, dpi=110)
