@@ -6,7 +6,8 @@ images of Fashion-MNIST, after one epoch of a small SimMIM, two seeds each: of t
 probe more than 0.1 points (docs/pilot.md). In MAE, one seed, it cost the probes two points and fine-tuning nothing;
 other methods, models and data were not tried.
 
-`tuned` is what those studies found best for a method (docs/results.md). They are too small to decide for ImageNet.
+`tuned` is what studies of one epoch found best for a method (docs/exploration.md). With more epochs neither preset
+gains or loses fine-tuning by more than its interval (docs/results.md). All of this is too small to decide for ImageNet.
 """
 
 FULL = {'recalibration': 'adaptive', 'w_spa': 3.0, 'w_e': 0.03, 'w_r': 0.3}

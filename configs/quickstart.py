@@ -51,14 +51,14 @@ def shorter(c):
 def small_simmim(c):
     """SimMIM at this size: single patches as masked units, since the grid of 7 x 7 has no other.
 
-    Sine-cosine positions and MAE's initialisation: the official ones learn far more slowly here (docs/results.md).
+    Sine-cosine positions and MAE's initialisation: the official ones learn far more slowly here (docs/exploration.md).
     """
     c = small(c)
     c.simmim.mask_unit = 1
     c.model.drop_path, c.model.layer_scale, c.model.init = 0.0, 0.0, 'mae'
     c.model.position, c.model.relative_bias = 'sincos', False
     c.optim.schedule, c.optim.decay_epochs = 'cosine', ()
-    # As in the runs of docs/results.md and docs/reference.md.
+    # As in the runs of docs/exploration.md and docs/reference.md.
     c.optim.decay_cls_token, c.optim.warmup_lr, c.data.interpolation = True, 0.0, 'bicubic'
     return c
 

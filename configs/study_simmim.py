@@ -5,7 +5,7 @@
 
 Stages: `tune` (the baseline's own hyper-parameters, one factor at a time), `explore` (parts of MTO), `refine`
 (the best of them on a second seed, and combined) and `halve` (the best one tuned for half the epochs) are measured on
-6,000 of the training images, `confirm` on the test images. docs/results.md has the results.
+6,000 of the training images, `confirm` on the test images. docs/exploration.md has the results.
 """
 
 from configs import quickstart, simmim
