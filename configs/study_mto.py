@@ -27,6 +27,7 @@ def regime(method: str):
         c = for_study(quickstart.small_bootmae(bootmae.get_config()))
     else:
         c = for_study(quickstart.small_conmim(conmim.get_config()))
+        c.optim.base_lr = 2e-3
     c = confirming(c)
     c.epochs, c.optim.warmup_epochs = BUDGETS[-1], 0.1 * BUDGETS[-1]
     c.study.budgets, c.study.seeds_at_once = BUDGETS, 1  # what is fastest on a CPU
