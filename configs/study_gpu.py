@@ -1,6 +1,6 @@
 """MTO far beyond the CPU studies, on one GPU: 16 epochs where configs/study_mto.py has four, ten seeds in one dispatch.
 
-    python -m mto_jax.studies --config=configs/study_gpu.py:simmim    # or mae
+    python -m mto_jax.studies --config=configs/study_gpu.py:simmim    # or mae, bootmae, conmim
 
 The regime, variants and test images are those of `main` in configs/study_mto.py; each run has its own schedule of 8 or
 of 16 epochs. Neither the rates nor MTO's weights were tuned for so many epochs.
@@ -10,9 +10,9 @@ from configs import study_mto
 
 
 def get_config(method: str):
-    """The study of a method, 'simmim' or 'mae'."""
-    if method not in ('simmim', 'mae'):
-        raise ValueError(f'method is {method!r}; it must be simmim or mae')
+    """The study of a method."""
+    if method not in study_mto.METHODS:
+        raise ValueError(f'method is {method!r}; it must be one of {", ".join(study_mto.METHODS)}')
     c = study_mto.main(study_mto.regime(method))
     c.epochs, c.optim.warmup_epochs = 16.0, 1.6
     c.study.budgets, c.study.evaluations = (8.0, 16.0), 2

@@ -42,8 +42,9 @@ def pilot(c):
 
 def rates(c):
     """The baseline's peak learning rate."""
-    peaks = ('5e-4', '1e-3', '2e-3', '4e-3', '8e-3')
-    c.study.variants = {'baseline': {}} | {f'rate {peak}': {'optim': rate(c, float(peak))} for peak in peaks}
+    others = {f'rate {peak}': rate(c, float(peak)) for peak in ('5e-4', '1e-3', '2e-3', '4e-3', '8e-3')}
+    others = {name: {'optim': o} for name, o in others.items() if o['base_lr'] != c.optim.base_lr}
+    c.study.variants = {'baseline': {}} | others
     c.study.budgets, c.study.evaluations = (1.0,), 1
     c.study.split, c.study.seeds = 'val', (0, 1)
     return c
