@@ -34,6 +34,13 @@ def regime(method: str):
     return c
 
 
+def briefly(c, seeds: tuple[int, ...]):
+    """One epoch, on validation images."""
+    c.study.budgets, c.study.evaluations = (1.0,), 1
+    c.study.split, c.study.seeds = 'val', seeds
+    return c
+
+
 def pilot(c):
     c.study.variants = {'baseline': {}}
     c.study.split, c.study.seeds = 'val', (0, 1, 2)
@@ -45,9 +52,7 @@ def rates(c):
     others = {f'rate {peak}': rate(c, float(peak)) for peak in ('5e-4', '1e-3', '2e-3', '4e-3', '8e-3')}
     others = {name: {'optim': o} for name, o in others.items() if o['base_lr'] != c.optim.base_lr}
     c.study.variants = {'baseline': {}} | others
-    c.study.budgets, c.study.evaluations = (1.0,), 1
-    c.study.split, c.study.seeds = 'val', (0, 1)
-    return c
+    return briefly(c, seeds=(0, 1))
 
 
 def readings(c):
@@ -77,9 +82,7 @@ def readings(c):
             'optim': rate(c, 8e-3) | {'warmup_epochs': 2.0},
         },
     }
-    c.study.budgets, c.study.evaluations = (1.0,), 1
-    c.study.split, c.study.seeds = 'val', (0, 1)
-    return c
+    return briefly(c, seeds=(0, 1))
 
 
 def weights(c):
@@ -134,9 +137,7 @@ def precision(c):
         'bfloat16': {'model': half},
         'bfloat16, residual float32': {'model': half | {'residual_dtype': 'float32'}},
     }
-    c.study.budgets, c.study.evaluations = (1.0,), 1
-    c.study.split, c.study.seeds = 'val', (0, 1, 2)
-    return c
+    return briefly(c, seeds=(0, 1, 2))
 
 
 METHODS = ('mae', 'simmim', 'bootmae', 'conmim')
