@@ -68,20 +68,23 @@ def test_meshes_agree_with_one_device(config, rng, monkeypatch, method, meshes):
     """Step-1 gradients within 1e-6 of the largest, 20 losses within 1e-5, parameters within 1e-5.
 
     ConMIM's gradients agree to 5e-6 of the largest: in its batch normalisation sums cancel almost. Its ReLU is made
-    smooth here: now and then a value lies so close to zero that rounding decides whether a gradient passes.
+    smooth here: now and then a value lies so close to zero that rounding decides whether a gradient passes. So does the
+    one bias of BootMAE's pixels: its gradient is a sum over 32 x 784 of them, which one device adds one by one, and
+    so many additions round it by 0.7e-6 (root mean square of 24 seeds), now and then by more than 1e-6.
     """
     monkeypatch.setattr(nn, 'relu', nn.silu)
-    tolerance = 5e-6 if method == 'conmim' else 1e-6
     training = setup(config, method)
     shape = (STEPS, config.batch_size, *config.data.image_size, config.data.channels)
     images = rng.integers(0, 256, shape, np.uint8)
     one = trained(training, config, (1, 1, 1), images)
-    largest = max(np.abs(x).max() for x in jax.tree.leaves(one[0]))
+    alone, first = named(one[2]), named(one[0])
+    largest = max(np.abs(x).max() for x in first.values())
     for mesh in meshes:
         gradients, losses, params, state = trained(training, config, mesh, images)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), gradients, one[0])
+        for name, value in named(gradients).items():
+            share = 5e-6 if method == 'conmim' or name == 'pixel_head/bias' else 1e-6
+            np.testing.assert_allclose(value, first[name], rtol=0, atol=share * largest, err_msg=f'{mesh} {name}')
         np.testing.assert_allclose(losses, one[1], rtol=1e-5)
-        alone = named(one[2])
         for name, value in named(params).items():
             np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-5, err_msg=f'{mesh} {name}')
         check_shards(state, mesh)
