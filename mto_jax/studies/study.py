@@ -32,7 +32,7 @@ from mto_jax.runtime.workdir import hold
 from mto_jax.studies import finetune
 from mto_jax.studies.table import BASELINE, PER_BLOCK, append, columns, done
 from mto_jax.training import checkpoint, feed, job, train_state
-from mto_jax.training.loop import Record, Seen, Watch, fit
+from mto_jax.training.loop import Record, Seen, Watch, every, fit
 from mto_jax.training.start import initialised
 
 
@@ -168,7 +168,7 @@ class Rows(Record):
     """
 
     def __init__(self, run_dir: Path, seeds: Sequence[int], stops: Sequence[int], total: int, config, state):
-        self.logs = self.saves = stops
+        self.saves, self.logs = stops, sorted({*stops, *every(feed.DISPATCH, total)})
         self._seeds, self._total, self._config, self._notes = seeds, total, config, run_dir / 'rows.json'
         kept = json.loads(self._notes.read_text()) if self._notes.exists() else []
         self._rows = {(r['step'], r['seed']): r for r in kept}
@@ -189,7 +189,10 @@ class Rows(Record):
         shown = {n: (v / meter.count).mean() for n, v in meter.sums.items() if n not in ('param_norm', 'learning_rate')}
         self._line = f'{" ".join(f"{k} {v:.4g}" for k, v in shown.items())} | {seconds:.3f} s per step, '
         self._line += f'ETA {seconds * (self._total - step):.0f} s'
-        self._add(step, {'step_seconds': [seconds] * len(self._seeds)})
+        if step in self.saves:
+            self._add(step, {'step_seconds': [seconds] * len(self._seeds)})
+        else:
+            print(f'  step {step}/{self._total} | {self._line}', flush=True)
 
     def see(self, step, seen):
         self._add(step, seen.scalars)

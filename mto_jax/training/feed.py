@@ -13,6 +13,9 @@ from mto_jax.training import train_state
 from mto_jax.training.job import Job
 from mto_jax.training.train_state import Meter, TrainState
 
+DISPATCH = 500
+"""The most steps that `Resident` takes per dispatch: seconds on a GPU, a minute or two on a CPU core."""
+
 
 class Streamed:
     """Batches that the host prepares while the device trains; one step per dispatch.
@@ -39,7 +42,7 @@ class Streamed:
 
 
 class Resident:
-    """Arrays that lie on the device, for several seeds side by side; all steps up to the next event in one dispatch.
+    """Arrays that lie on the device, for several seeds side by side; up to `DISPATCH` steps per dispatch.
 
     The step is the job's own, and so are its random streams: a seed trains as `Streamed` would, up to rounding. States
     and meters have a leading axis of seeds. A seed that diverges does not affect the others.
@@ -64,13 +67,14 @@ class Resident:
         self._arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
         self._keys = jnp.stack([train_state.stream(s, stream) for s in seeds])
 
-        def steps(state, meter, constants, arrays, positions, key):
-            def body(carry, rows):
-                return job.train_step(*carry, constants, jax.tree.map(lambda x: x[rows], arrays), key), None
+        def steps(state, meter, constants, arrays, positions, count, key):
+            def body(i, carry):
+                rows = positions[i]
+                return job.train_step(*carry, constants, jax.tree.map(lambda x: x[rows], arrays), key)
 
-            return jax.lax.scan(body, (state, meter), positions)[0]
+            return jax.lax.fori_loop(0, count, body, (state, meter))
 
-        each = jax.vmap(steps, in_axes=(0, 0, None, None, 0, 0))
+        each = jax.vmap(steps, in_axes=(0, 0, None, None, 0, None, 0))
         options = cpu.compiler_options(jax.default_backend()) if len(seeds) == 1 else {}
         self._steps = jax.jit(each, donate_argnums=(0, 1), compiler_options=options)
 
@@ -78,9 +82,12 @@ class Resident:
         return stack([Meter.empty(self._job.names) for _ in self._seeds])
 
     def advance(self, state: TrainState, meter: Meter, step: int, stop: int) -> tuple[TrainState, Meter, int]:
+        stop = min(stop, step + DISPATCH)
         rows = np.array([list(self._positions(s, step, stop)) for s in self._seeds], np.int32)
+        # The same shape, and so the same program, for any number of steps.
+        rows = np.pad(rows, ((0, 0), (0, DISPATCH - (stop - step)), (0, 0)))
         constants = self._job.objective.constants
-        return *self._steps(state, meter, constants, self._arrays, rows, self._keys), stop
+        return *self._steps(state, meter, constants, self._arrays, rows, stop - step, self._keys), stop
 
     def waited(self) -> float:
         return 0.0

@@ -25,8 +25,9 @@ INF = float('inf')
 
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['mae', 'tests.toy_method'])
-def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method):
-    """Two seeds in one dispatch, over an epoch's end, against two runs of the main job; also with a teacher."""
+def test_in_memory_takes_the_steps_of_the_trainer(config, tmp_path, method, monkeypatch):
+    """Two seeds, in dispatches over an epoch's end, against two runs of the main job; also with a teacher."""
+    monkeypatch.setattr(feed, 'DISPATCH', 4)
     config.method = method
     config.data.crop, config.data.train_split = 'resize', 'train[:100]'
     config.mto.enabled, config.mto.recalibration, config.mto.w_e = True, 'ramp', 0.1
@@ -217,6 +218,7 @@ def two_runs(config):
 
 @pytest.mark.pictures
 def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(feed, 'DISPATCH', 4)
     table = study.run(two_runs, epath.Path(tmp_path))  # as the command line passes it
     rows = read(table)
     # Two variants x two seeds x two evaluations, and the untrained networks of the baseline's run.
@@ -226,7 +228,10 @@ def test_a_study_end_to_end(two_runs, tmp_path, capsys, monkeypatch):
     assert len(final) == 4
     assert all(float(r['finetune']) > 0 and len(r['het'].split()) == 1 for r in final)
 
-    capsys.readouterr()
+    shown = capsys.readouterr().out
+    # Progress at every fourth step, and with the accuracies where they are measured.
+    assert [shown.count(f'  step {step}/12 |') for step in (4, 6, 8, 12)] == [2, 2, 2, 2]
+    assert shown.count('linear') == 4
     monkeypatch.setattr(study, '_train', None)
     study.run(two_runs, tmp_path)
     assert capsys.readouterr().out.count('in the table') == 2
