@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import study_gpu, study_mae, study_mto, study_openclipart, study_quickstart, study_simmim
+from configs import study_cifar10, study_gpu, study_mae, study_mto, study_openclipart, study_quickstart, study_simmim
 from mto_jax import methods
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
@@ -455,7 +455,7 @@ def test_budgets_scale_the_schedule(two_runs):
 
 STAGES = [(m, s) for m in (study_simmim, study_mae) for s in ('tune', 'explore', 'refine', 'confirm')]
 STAGES += [(study_mto, f'{m},{s}') for m in study_mto.METHODS for s in study_mto.STAGES]
-STAGES += [(study_gpu, m) for m in study_mto.METHODS]
+STAGES += [(module, m) for module in (study_gpu, study_cifar10) for m in study_mto.METHODS]
 STAGES += [(study_openclipart, f'{m},{fold}') for m in ('mae', 'simmim') for fold in study_openclipart.FOLDS]
 
 
