@@ -30,8 +30,8 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
 
     if not Path(data.data_dir).exists():
         raise UserError(
-            f'data.data_dir is {data.data_dir!r}: no such file; data/make_fashion_mnist.py --format=npz and '
-            'data/make_openclipart.py write such files'
+            f'data.data_dir is {data.data_dir!r}: no such file; data/make_fashion_mnist.py --format=npz, '
+            'data/make_cifar10.py and data/make_openclipart.py write such files'
         )
     with np.load(data.data_dir) as arrays:
         sizes = {n.removesuffix('_label'): len(arrays[n]) for n in arrays if n.endswith('_label')}
