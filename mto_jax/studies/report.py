@@ -231,7 +231,7 @@ def write(path: Path) -> None:
 
 
 def _plot_budgets(table: Table, path: Path) -> None:
-    """Final values over budgets, a thin line per seed and their mean; and heterogeneity over the blocks."""
+    """Final values over budgets, dots and a thin line per seed, their mean; and heterogeneity over the blocks."""
     shown, per_block = table.measured(table.budgets[-1]), [c for c in HETEROGENEITY if table.has(c)]
     panels = len(shown) + len(per_block)
     fig = Figure(figsize=(4.4 * panels, 3.8), layout='constrained')
@@ -243,7 +243,7 @@ def _plot_budgets(table: Table, path: Path) -> None:
             seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in budgets)))
             if seeds:
                 values = 100 * np.array([table.final(variant, b, metric, seeds) for b in budgets])
-                axis.plot(budgets, values, f'C{colour}-', linewidth=0.8, alpha=0.4)
+                axis.plot(budgets, values, f'C{colour}.-', linewidth=0.8, markersize=5, alpha=0.4)
                 axis.plot(budgets, values.mean(1), f'C{colour}o-', label=variant)
         for axis, column in zip(axes[len(shown) :], per_block, strict=True):
             last = table.budgets_of(variant)[-1]
