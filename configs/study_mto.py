@@ -11,12 +11,15 @@ and `tuned`) and `ablation` are measured on the test images.
 from configs import bootmae, conmim, presets, quickstart, study_mae, study_simmim
 from configs.study_simmim import confirming, for_study, mto, rate, with_rate
 
+METHODS = ('mae', 'simmim', 'bootmae', 'conmim')
 BUDGETS = (1.0, 2.0, 4.0)  # E/4, E/2 and E, in epochs
 FIRST = {'recalibration': 'adaptive', 'w_spa': 1.0, 'w_e': 0.1, 'w_r': 1.0}  # `full` before `weights` chose others
 
 
 def regime(method: str):
     """The small model of a method, with E epochs and the fine-tuning that judges it."""
+    if method not in METHODS:
+        raise ValueError(f'method is {method!r}; it must be one of {", ".join(METHODS)}')
     if method == 'simmim':
         c = with_rate(study_simmim.prototype(), 4e-3)
         c.optim.b2 = 0.95
@@ -140,7 +143,6 @@ def precision(c):
     return briefly(c, seeds=(0, 1, 2))
 
 
-METHODS = ('mae', 'simmim', 'bootmae', 'conmim')
 STAGES = {
     'pilot': pilot,
     'rates': rates,
