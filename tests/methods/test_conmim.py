@@ -112,13 +112,22 @@ def wide(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
 
+@pytest.fixture
+def smooth(monkeypatch):
+    """The projector's ReLU made smooth in both forms, for gradients: near zero, one may let a value pass alone."""
+    monkeypatch.setattr(nn, 'relu', nn.silu)
+
+
+@pytest.mark.parametrize('activation', ['relu', 'smooth'])
 @pytest.mark.parametrize(
     'fields',
     [{}, {'data__image_size': (24, 16), 'model__width': 24, 'model__heads': 3, 'model__depth': 1, 'conmim__group': 8}],
     ids=['two groups', 'one group'],
 )
-def test_against_float64(rng, fields):
-    """Loss and running statistics to 1e-5, every gradient to 1e-5 of its largest value and 2e-7 of the norm of all."""
+def test_against_float64(request, rng, fields, activation):
+    """Loss and running statistics to 1e-5; smooth, a gradient to 1e-5 of its largest and 2e-7 of the norm of all."""
+    if activation == 'smooth':
+        request.getfixturevalue('smooth')
     c = tiny(**fields)
     training = job.prepare(c, 130)
     method = training.objective.method
@@ -148,6 +157,8 @@ def test_against_float64(rng, fields):
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
     for name, value in named(moments).items():
         np.testing.assert_allclose(named(statistics)[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
+    if activation == 'relu':
+        return
     exact, gradients = named(exact), named(gradients)
     norm = np.sqrt(sum((g**2).sum() for g in exact.values()))
     assert np.abs(exact.pop(VANISHES)).max() < 1e-12 * norm
@@ -182,8 +193,8 @@ def test_small_layer_scales_in_bfloat16(rng):
 
 
 @pytest.mark.slow
-def test_bfloat16(rng):
-    """Matrix products in bfloat16: the loss within 2%, all gradients together within 30%."""
+def test_bfloat16(smooth, rng):
+    """Matrix products in bfloat16: the loss within 2%, all gradients together within 15%."""
     images, strong = rng.normal(size=(2, 8, 16, 24, 3)).astype(np.float32)
     noise, found = rng.uniform(size=(8, 6)).astype(np.float32), []
     for dtype in ('float32', 'bfloat16'):
@@ -201,17 +212,12 @@ def test_bfloat16(rng):
     (exact, gradients, _), (got, rounded, _) = found
     assert float(got) == pytest.approx(float(exact), rel=0.02)
     difference = jax.tree.map(jnp.subtract, rounded, gradients)
-    assert float(optax.tree.norm(difference)) < 0.3 * float(optax.tree.norm(gradients))
+    assert float(optax.tree.norm(difference)) < 0.15 * float(optax.tree.norm(gradients))
 
 
 @pytest.mark.slow
-def test_twenty_steps_against_float64(monkeypatch, rng):
-    """From the initial values, with clipping and AdamW: losses to 1e-5; teacher and running statistics at the end.
-
-    The projector's ReLU is made smooth, in both: now and then a value within rounding of zero passes on one side only,
-    and its gradient with it.
-    """
-    monkeypatch.setattr(nn, 'relu', nn.silu)
+def test_twenty_steps_against_float64(smooth, rng):
+    """From the initial values, with clipping and AdamW: losses to 1e-5; teacher and running statistics at the end."""
     c = tiny(epochs=5.0, optim__warmup_epochs=1.0, optim__base_lr=2e-3, optim__b2=0.9, conmim__momentum=0.9)
     training = job.prepare(c, 32)
     method, o = training.objective.method, c.optim
