@@ -194,25 +194,32 @@ def test_small_layer_scales_in_bfloat16(rng):
 
 @pytest.mark.slow
 def test_bfloat16(smooth, rng):
-    """Matrix products in bfloat16: the loss within 2%, all gradients together within 15%."""
-    images, strong = rng.normal(size=(2, 8, 16, 24, 3)).astype(np.float32)
-    noise, found = rng.uniform(size=(8, 6)).astype(np.float32), []
-    for dtype in ('float32', 'bfloat16'):
-        method = methods.build(tiny(model__dtype=dtype))
-        params, teacher = given = found[0][2] if found else (drawn(method, rng), drawn(method, rng))
+    """Matrix products in bfloat16: the loss within 2%; all gradients together within 10% in most of five draws.
 
-        def loss(p, method=method, teacher=teacher):
-            views = {'image': images, 'strong': strong}
+    A token with little variance before a layer normalisation has larger errors: seldom, and then up to 20%.
+    """
+
+    def value_and_grad(method):
+        def loss(params, teacher, images, strong, noise):
             out = method.loss(
-                p, {'teacher': teacher}, views, jax.random.key(2), Clock(jnp.int32(0), 10, 5), noise=noise
+                params, {'teacher': teacher}, {'image': images, 'strong': strong}, jax.random.key(2), clock, noise=noise
             )
             return out.losses['contrast']
 
-        found.append((*jax.jit(jax.value_and_grad(loss))(params), given))
-    (exact, gradients, _), (got, rounded, _) = found
-    assert float(got) == pytest.approx(float(exact), rel=0.02)
-    difference = jax.tree.map(jnp.subtract, rounded, gradients)
-    assert float(optax.tree.norm(difference)) < 0.15 * float(optax.tree.norm(gradients))
+        return jax.jit(jax.value_and_grad(loss))
+
+    clock = Clock(jnp.int32(0), 10, 5)
+    method = methods.build(tiny())
+    exact, rounded = value_and_grad(method), value_and_grad(methods.build(tiny(model__dtype='bfloat16')))
+    errors = []
+    for _ in range(5):
+        images, strong = rng.normal(size=(2, 8, 16, 24, 3)).astype(np.float32)
+        given = drawn(method, rng), drawn(method, rng), images, strong, rng.uniform(size=(8, 6)).astype(np.float32)
+        (want, gradients), (got, found) = exact(*given), rounded(*given)
+        assert float(got) == pytest.approx(float(want), rel=0.02)
+        difference = jax.tree.map(jnp.subtract, found, gradients)
+        errors.append(float(optax.tree.norm(difference) / optax.tree.norm(gradients)))
+    assert np.median(errors) < 0.1, errors
 
 
 @pytest.mark.slow
