@@ -4,8 +4,8 @@
 
 `pilot`: the baseline alone, which chooses the regime. `rates`: its learning rate. `readings`: interpretations of MTO
 that configs/study_simmim.py and configs/study_mae.py do not have. `weights`: forms of `full`. `precision`: the baseline
-in bfloat16. The last four train one epoch, and all five are measured on validation images; `main` (baseline, `full`
-and `tuned`) and `ablation` are measured on the test images.
+in bfloat16. The last four train one epoch, and all five are measured on validation images. On the test images: `main`
+(baseline, `full` and `tuned`), `ablation` and `fading`.
 """
 
 from configs import bootmae, conmim, presets, quickstart, study_mae, study_simmim
@@ -121,6 +121,12 @@ def main(c):
     return c
 
 
+def at_half(c):
+    """Runs of E/2 epochs, on test images, of three of the seeds of `main`."""
+    c.study.budgets, c.study.evaluations, c.study.seeds = (BUDGETS[1],), 1, (10, 11, 12)
+    return c
+
+
 def ablation(c):
     """Each part of `full` alone, and `full` without it, at E/2."""
     variants = {'baseline': {}, 'full': mto(**presets.FULL)}
@@ -128,8 +134,19 @@ def ablation(c):
         without = {k: v for k, v in presets.FULL.items() if k != field}
         variants |= {f'{field} alone': mto(**{field: value}), f'full without {field}': mto(**without)}
     c.study.variants = variants
-    c.study.budgets, c.study.evaluations, c.study.seeds = (BUDGETS[1],), 1, (10, 11, 12)
-    return c
+    return at_half(c)
+
+
+def fading(c):
+    """MTO that acts in the first half of the training only, at E/2."""
+    c.study.variants = {
+        'baseline': {},
+        'spa 3, fades by half': mto(w_spa=3.0, fade=('spa',), fade_until=0.5),
+        'full, gates open and terms fade by half': mto(
+            **presets.FULL, open_until=0.5, fade=('spa', 'e', 'r'), fade_until=0.5
+        ),
+    }
+    return at_half(c)
 
 
 def precision(c):
@@ -150,6 +167,7 @@ STAGES = {
     'weights': weights,
     'main': main,
     'ablation': ablation,
+    'fading': fading,
     'precision': precision,
 }
 
