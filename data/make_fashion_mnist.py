@@ -49,8 +49,11 @@ def main():
     parser.add_argument('--test', type=int, default=2_000)
     parser.add_argument('--format', default='array_record', help='array_record, tfrecord, or npz')
     args = parser.parse_args()
-    train = balanced(*read(args.source, 'train'), args.train)
-    test = balanced(*read(args.source, 't10k'), args.test)
+    try:
+        splits = [read(args.source, prefix) for prefix in ('train', 't10k')]
+    except OSError as e:
+        parser.error(f'--source={args.source} must hold the four original .gz files of Fashion-MNIST: {e}')
+    train, test = (balanced(*split, count) for split, count in zip(splits, (args.train, args.test), strict=True))
     if args.format == 'npz':
         write_npz(Path(args.out) / 'fashion_mnist.npz', train, test)
         return

