@@ -2,7 +2,7 @@
 
 python main.py --config=configs/bootmae.py        # ViT-B/16; bootmae.py:vit_l for the large model
 
-The scripts give images a GPU (256, 128); 16 of them make these batches. Other sizes take over what ViT-B has.
+The scripts give images per GPU (256, 128); 16 of them make these batches. Other sizes take over what ViT-B has.
 """
 
 from configs import mae

@@ -4,7 +4,7 @@
 
 As MAE's official code has it, for ViT-B; for larger ones 50 epochs (`--config.epochs=50`). The batch of 16384 may be
 taken in microbatches of a multiple of 512 images, over which batch normalisation takes its statistics
-(`--config.accumulate=32` on one device). `--config.eval.depths=(8,10,12)` trains a head at each of these depths at
+(`--config.accumulate=32` on one device). `"--config.eval.depths=(8,10,12)"` trains a head at each of these depths at
 once. `:quickstart` is for a checkpoint of configs/quickstart.py.
 """
 

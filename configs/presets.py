@@ -2,7 +2,7 @@
 
 `full`, the default, is our interpretation of the paper with all four of its parts: selective recalibration of visible
 queries, L_spa, L_e and L_r. Its form is this project's choice (docs/method.md). Its weights were chosen on validation
-images of Fashion-MNIST, after one epoch of a small SimMIM, two seeds each: of ten forms it is the one that costs no
+images of Fashion-MNIST, after one epoch of a small SimMIM, two seeds each: of nine forms it is the one that costs no
 probe more than 0.1 points (docs/pilot.md). In MAE, one seed, it cost the probes two points and fine-tuning nothing;
 other methods, models and data were not tried.
 

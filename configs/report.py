@@ -2,7 +2,7 @@
 
     python main.py --config=configs/report.py --config.report.runs=runs/a,runs/b --workdir=runs/a_and_b
 
-Writes `<workdir>/report.html`. Every training writes its own at its end.
+Writes `<workdir>/report.html`. Each training writes its own when it ends.
 """
 
 from configs import base

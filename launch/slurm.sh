@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPU nodes under SLURM: sbatch launch/slurm.sh. One process a node, with all its GPUs. A job that is pre-empted or
+# GPU nodes under SLURM: sbatch launch/slurm.sh. One process per node, with all its GPUs. A job that is pre-empted or
 # reaches its time limit saves first (SIGTERM comes 120 s before) and is queued again.
 
 # sbatch reads its lines up to the first command: keep them above.

@@ -183,7 +183,7 @@ FIELDS: dict[str, Field] = {
     'data.shuffle_buffer': shapes(20_000, at_least(1)),  # records; TFRecord only, ArrayRecord permutes exactly
     # an image that cannot be decoded: raise, or replace it by the next one that can
     'data.on_error': shows('raise', one_of('raise', 'replace'), replaces=True),
-    'data.threads': shows(0, at_least(0), replaces=True),  # of the host pipeline; 0 for one a core
+    'data.threads': shows(0, at_least(0), replaces=True),  # of the host pipeline; 0 for one per core
     # --- Encoder
     'model.size': shapes('b'),  # nano, micro, ti, s, b, l, h
     'model.depth': shapes(0, at_least(0)),  # 0: from the size
