@@ -4,9 +4,9 @@
     python main.py --config=configs/bootmae_mto.py:vit_b,tuned    # the other preset, see configs/presets.py
 
 It ships `full`. On Fashion-MNIST with a small model, four epochs and three seeds, its fine-tuning was the baseline's
-(0.0 ± 1.4 points) and its probes a little worse; with two it was 1.5 ± 0.4 behind the baseline's four. `tuned` takes over MAE's,
-since here too the mask tokens are in decoders: on small images no gain by linear probe and 2.8 points by kNN
-(docs/quickstart.md). Half the epochs is the paper's claim, not what was measured (docs/results.md).
+(0.0 ± 1.4 points) and its probes a little worse; with two it was 1.5 ± 0.4 behind the baseline's four. `tuned` takes
+over MAE's, since here too the mask tokens are in decoders: on small images no gain by linear probe and 2.8 points by
+kNN (docs/quickstart.md). Half the epochs is the paper's claim, not what was measured (docs/results.md).
 """
 
 from configs import bootmae, presets
