@@ -362,7 +362,7 @@ class Ours:
         if name == self.job['names'][0]:
             plain = self.config('ours, plain')
             plain.batch_size = 8
-            out['flops_per_image'] = perf.train_flops(job.prepare(plain, 1_281_167), 8)
+            out['flops_per_image'] = perf.train_flops(job.prepare(plain, 1_281_167))
         return out
 
     def time(self, name: str, steps: int) -> dict:

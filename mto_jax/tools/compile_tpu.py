@@ -108,7 +108,7 @@ def estimate(config, mesh, chip: Chip) -> dict[str, str]:
     meter = jax.eval_shape(lambda: Meter.empty(training.names))
     key = jax.eval_shape(lambda: jax.random.key(0))
     start_time = time.perf_counter()
-    flops_per_image = perf.train_flops(training, max(1, config.batch_size // mesh.size))
+    flops_per_image = perf.train_flops(training)
     roofline_seconds = flops_per_image * config.batch_size / mesh.size / chip.peak
     out = {
         'mesh': ', '.join(f'{n} {s}' for n, s in mesh.shape.items()),

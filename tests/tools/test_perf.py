@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import mae, simmim
+from configs import conmim, mae, simmim
 from mto_jax.tools import compile_tpu
 from mto_jax.training import job, perf
 
@@ -110,7 +110,18 @@ def test_matrix_products_are_counted():
 def test_published_flops(module, size, published):
     """GFLOPs per image of forward and backward pass, as computed from the papers' architectures."""
     config = module.get_config(size) if module is mae else module.get_config()
-    assert perf.train_flops(job.prepare(config, 5000), 4) / 1e9 == pytest.approx(published, rel=0.01)
+    assert perf.train_flops(job.prepare(config, 5000)) / 1e9 == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_flops_of_a_method_with_a_teacher(remat):
+    """ConMIM, ViT-B: student and teacher forward, the student alone backward, and no recomputation."""
+    config = conmim.get_config('vit_b')
+    config.model.remat = remat
+    encoder = 2 * (196 * 3 * 16**2 * 768 + 12 * (197 * 12 * 768**2 + 2 * 197**2 * 768))
+    projector = 2 * 197 * (768 * 4096 + 4096**2 + 4096 * 256)
+    by_hand = 4 * (encoder + projector) + 3 * 2 * 196**2 * 256
+    assert perf.train_flops(job.prepare(config, 5000)) == pytest.approx(by_hand, rel=0.01)
 
 
 TPU_PYTHON = os.environ.get('MTO_JAX_TPU_PYTHON')

@@ -514,7 +514,7 @@ def test_a_profile_of_chosen_steps(config, tmp_path, monkeypatch, capsys):
             seen |= {dict(e.stats)['step_num'] for e in line.events if e.name == 'train'}
     assert seen == {3, 4}
     (*_, row) = (r for r in read_history(tmp_path) if 'mfu' in r)
-    flops = perf.train_flops(job.prepare(config, 130), 32)
+    flops = perf.train_flops(job.prepare(config, 130))
     assert row['mfu'] == pytest.approx(row['images_per_s'] * flops / 1e15)
     assert f'MFU {row["mfu"]:.1%}' in capsys.readouterr().out
     config.profile_steps = (3, 99)
