@@ -171,13 +171,32 @@ class _Lock:
             if now and now['token'] != self._mine['token']:
                 self._refuse(now)
         else:
-            self._path.unlink(missing_ok=True)
+            if other:
+                self._remove(other)
             try:
-                open(self._path, 'x').close()
+                with open(self._path, 'x') as f:
+                    f.write(self._content())
             except FileExistsError:
-                self._refuse(self._read() or {'pid': '?', 'host': 'this or another host'})
-            self._write()
+                if now := self._read():
+                    self._refuse(now)
+                raise UserError(
+                    f'{self._path} cannot be read: another job is about to take the workdir, or was killed when it '
+                    'did. Try again; if no job runs there, delete the file'
+                ) from None
         self._thread.start()
+
+    def _remove(self, dead) -> None:
+        """Remove the lock of a dead job, unless another job has taken the workdir since."""
+        aside = self._path.parent / f'{self._path.name}.{self._mine["token"]}'
+        try:
+            self._path.rename(aside)  # of several jobs that try, one moves the dead one's
+        except FileNotFoundError:
+            return
+        now = json.loads(aside.read_text())
+        if now['token'] != dead['token']:
+            aside.rename(self._path)
+            self._refuse(now)
+        aside.unlink()
 
     def release(self) -> None:
         self._stop.set()
@@ -210,8 +229,11 @@ class _Lock:
         except (OSError, ValueError):
             return None
 
+    def _content(self) -> str:
+        return json.dumps(self._mine | {'beat': time.time()})
+
     def _write(self) -> None:
-        _write(self._path, json.dumps(self._mine | {'beat': time.time()}))
+        _write(self._path, self._content())
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):

@@ -257,6 +257,21 @@ def test_a_dead_jobs_workdir_is_taken_over(tmp_path):
         assert json.loads((tmp_path / 'lock.json').read_text())['pid'] == os.getpid()
 
 
+@pytest.mark.parametrize('content', ['', json.dumps({'token': 'y', 'host': 'elsewhere', 'pid': 7, 'beat': 1.0})])
+def test_a_dead_jobs_workdir_is_taken_over_once(tmp_path, monkeypatch, content):
+    """Another job takes it, or is about to, after this one has found the dead one's lock: it is left alone."""
+    dead = {'token': 'x', 'host': workdir.socket.gethostname(), 'pid': -1, 'beat': 0.0}
+    lock = tmp_path / 'lock.json'
+    lock.write_text(content)
+    read, seen = workdir._Lock._read, iter([dead if content else None])
+    monkeypatch.setattr(workdir._Lock, '_dead', lambda self, other: True)
+    monkeypatch.setattr(workdir._Lock, '_read', lambda self: next(seen, None) or read(self))
+    with pytest.raises(UserError, match='in use by process 7 on elsewhere' if content else 'delete the file'):
+        workdir.hold(tmp_path).__enter__()
+    assert [p.name for p in tmp_path.iterdir()] == ['lock.json']
+    assert lock.read_text() == content
+
+
 def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, 'STALE', 2.0)
     theirs = {'token': 'x', 'host': 'elsewhere', 'pid': 1, 'beat': 0.0}
