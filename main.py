@@ -11,9 +11,7 @@ def main(config, workdir):
     # Imported here, so that a mistyped flag is reported before TensorFlow is loaded.
     from mto_jax import tasks
 
-    if _CHECK.value:
-        config.task = 'check'
-    tasks.run(config, workdir)
+    tasks.run(config, workdir, check=_CHECK.value)
 
 
 if __name__ == '__main__':

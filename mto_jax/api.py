@@ -124,7 +124,7 @@ class Model:
         return {name: np.concatenate([p[name] for p in pictures]) for name in pictures[0]}
 
     def heterogeneity(self, images: Images, seed: int = 0) -> dict[str, np.ndarray]:
-        """How masked and visible tokens differ in each block that sees both: what the diagnosis of a training shows.
+        """How masked and visible tokens differ in each block that sees both: what a training's last diagnosis shows.
 
         The blocks are those of MAE's decoder, of the encoder for SimMIM and ConMIM, and of both decoders for BootMAE,
         whose names end in '.regressor' and '.predictor'.
@@ -217,7 +217,7 @@ def _logits(objective, params, images):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _diagnosis(objective, part, params, model_state, images, key):
-    clock = methods.Clock(jnp.int32(0), 1, 1)  # scales losses, which are not read
+    clock = methods.Clock(jnp.int32(1), 1, 1)  # the end of the training: MTO's gates as they are then
     return objective.diagnose(params, model_state, images, key, clock)[part]
 
 

@@ -139,7 +139,7 @@ EVALUATIONS = {'knn': False, 'linear': False, 'probe': True, 'finetune': True}
 PATHS = ('workdir', 'checkpoint', 'resume_from', 'init_from', 'data.data_dir', 'data.mask', 'report.runs')
 
 FIELDS: dict[str, Field] = {
-    'task': shows('pretrain', own=True),  # pretrain, knn, linear, probe, finetune, compare, check, report
+    'task': shows('pretrain', own=True),  # pretrain, knn, linear, probe, finetune, compare, report
     'method': shapes('mae'),  # mae, simmim, bootmae, conmim, or an importable module with build(config)
     'seed': shapes(0, SEED, trains=True),
     'workdir': shows('', own=True),  # '' for runs/<name of the config>; the same workdir resumes

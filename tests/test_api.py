@@ -164,6 +164,7 @@ def test_pictures_and_blocks(tmp_path, rng, module, picture, stacks):
     """Visible patches are the image's own, and the fraction of hidden ones is the training's; the values per block are
     those of the diagnosis, averaged over two batches by their sizes."""
     c = small(module)
+    c.mto.enabled, c.mto.recalibration, c.mto.exclude_blocks, c.mto.open_until = True, 'exclude', -1, 0.5
     where, method, params, state = pretrained(c, tmp_path / 'run', rng)
     found, images = api.load(where), pixels(rng, api.BATCH + 3)
     seen = found.reconstruct(images)
@@ -181,7 +182,7 @@ def test_pictures_and_blocks(tmp_path, rng, module, picture, stacks):
     objective, want = Pretraining(method, tuple(c.data.mean), tuple(c.data.std), False), {}
     for i, part in enumerate((images[: api.BATCH], images[api.BATCH :])):
         key = jax.random.fold_in(jax.random.key(0), i)
-        clock = methods.Clock(jnp.int32(3), 10, 2)
+        clock = methods.Clock(jnp.int32(10), 10, 2)
         blocks = objective.diagnose(params, state, part, key, clock)['blocks']
         want = {n: want.get(n, 0) + len(part) / len(images) * v for n, v in blocks.items()}
     assert {f'{n}{s}' for n in ('het', 'het_token', 'rho') for s in stacks} <= got.keys() == want.keys()

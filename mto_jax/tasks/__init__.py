@@ -12,13 +12,10 @@ from mto_jax.errors import UserError
 from mto_jax.runtime import hosts
 from mto_jax.tasks import pretrained
 
-PARTIAL = (*EVALUATIONS, 'check')  # may leave fields to the checkpoint's config
-
 
 def _tasks() -> dict[str, Callable[[ConfigDict, epath.Path], object]]:
     # Imported here, so that what reads checkpoints alone (`mto_jax.api`) does not load TensorFlow.
     from mto_jax.analysis import report
-    from mto_jax.data import check
     from mto_jax.tasks import compare, pretrain, probe, supervised
 
     return {
@@ -28,13 +25,15 @@ def _tasks() -> dict[str, Callable[[ConfigDict, epath.Path], object]]:
         'probe': supervised.run,
         'finetune': supervised.run,
         'compare': compare.run,
-        'check': check.run,
         'report': report.run,
     }
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> object:
+def run(config: ConfigDict, workdir: epath.Path, check: bool = False) -> object:
     """Do what `config.task` says.
+
+    Args:
+      check: only look for images that cannot be decoded, in the data that the task would read.
 
     Raises:
       UserError: for an unknown task, and whatever the task raises.
@@ -42,11 +41,21 @@ def run(config: ConfigDict, workdir: epath.Path) -> object:
     tasks = _tasks()
     if config.task not in tasks:
         raise UserError(f'task is {config.task!r}; it must be one of {", ".join(tasks)}')
-    check_fields(config, partial=config.task in PARTIAL)
+    check_fields(config, partial=config.task in EVALUATIONS)
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     hosts.start(config.hosts)
-    if config.task == 'check' and config.method is None:  # an evaluation's --check: of the data it would read
-        config = pretrained.find(config).config
-        config.data.val_split = config.data.test_split
+    if check:
+        return _check(config, epath.Path(workdir))
     return tasks[config.task](config, epath.Path(workdir))
+
+
+def _check(config: ConfigDict, workdir: epath.Path) -> list[str]:
+    from mto_jax.data import check
+
+    if config.task in EVALUATIONS:
+        trains = EVALUATIONS[config.task]
+        config = pretrained.find(config).config
+        if not trains:  # kNN and L-BFGS read no validation split
+            config.data.val_split = config.data.test_split
+    return check.run(config, workdir)

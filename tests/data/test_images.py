@@ -10,7 +10,6 @@ import pytest
 import skimage.data
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import mae_mto, simmim
@@ -308,9 +307,9 @@ def test_bad_images_are_replaced_the_same_way_everywhere(mixed, capfd):
 def test_check_lists_what_is_bad(mixed, tmp_path, capsys):
     data, bad = mixed
     c = for_photos(mae_mto.get_config(), data.data_dir, 'folder')
-    c.task, c.data.val_split, c.data.test_split = 'check', 'train', 'train'
+    c.data.val_split = c.data.test_split = 'train'
     with pytest.raises(UserError, match='4 images cannot be decoded'):
-        tasks.run(c, tmp_path / 'w')
+        tasks.run(c, tmp_path / 'w', check=True)
     lines = (tmp_path / 'w' / 'unreadable.txt').read_text().splitlines()
     assert sorted(line.split(': ')[0].rsplit('/', 1)[1] for line in lines) == bad
     assert 'train: 24 images, 4 of them' in capsys.readouterr().out
@@ -354,7 +353,7 @@ def test_files_that_cannot_be_opened(tmp_path, capfd):
     with pytest.raises(UserError, match=r'cannot decode .*/(gone\.jpg|b\\xe9d\.jpg): '):
         list(pipeline.train_batches(source, c.data, 9, 0, 0, 1))
     with pytest.raises(UserError, match='2 images cannot be decoded'):
-        tasks.run(ConfigDict(c.to_dict() | {'task': 'check'}), tmp_path / 'w')
+        tasks.run(c, tmp_path / 'w', check=True)
     lines = (tmp_path / 'w' / 'unreadable.txt').read_text().splitlines()
     assert [line.split(': ')[0].rsplit('/', 1)[1] for line in lines] == [r'b\xe9d.jpg', 'gone.jpg']
     assert 'No such file' in lines[1]

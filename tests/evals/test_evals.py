@@ -538,5 +538,21 @@ def test_advice_for_evaluations_works(trained, tmp_path, rng):
     advice = re.search(r'--config\.(data\.on_error=\w+)', str(e.value))[1]
     assert 0 <= tasks.run(from_command_line(trained, *given, advice), tmp_path / 'w')['knn_1'] <= 1
     with pytest.raises(UserError, match='1 images cannot be decoded'):
-        tasks.run(from_command_line(trained, *given, 'task=check'), tmp_path / 'w')
-    assert tasks.run(from_command_line(trained, 'task=check'), tmp_path / 'w') == []  # the checkpoint's own data
+        tasks.run(from_command_line(trained, *given), tmp_path / 'w', check=True)
+    assert tasks.run(from_command_line(trained), tmp_path / 'w', check=True) == []  # the checkpoint's own data
+
+
+@pytest.mark.parametrize('task', ['finetune', 'linear_lars'])
+def test_check_of_an_evaluation_that_trains(trained, tmp_path, rng, task):
+    """Its own fields are no mistake; a bad image of its validation split is found."""
+    for i in range(8):
+        path = tmp_path / 'images' / ('train' if i < 4 else 'val') / 'ab'[i % 2] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (28, 28), np.uint8)).save(path)
+    path.write_bytes(b'not an image')
+    c = importlib.import_module(f'configs.{task}').get_config('quickstart')
+    c.checkpoint, c.mesh.data = str(trained), 1
+    c.data.name, c.data.data_dir = 'folder', str(tmp_path / 'images')
+    c.data.train_split, c.data.val_split, c.data.test_split = 'train', 'val', 'train'
+    with pytest.raises(UserError, match='1 images cannot be decoded'):
+        tasks.run(c, tmp_path / 'w', check=True)
