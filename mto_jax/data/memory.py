@@ -1,5 +1,6 @@
 """Small data sets as arrays, for training that never leaves the device."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def _part(data, arrays, sizes, split):
     if not found:
         raise UserError(f'data: {data.data_dir} has no split {split!r}; it has {", ".join(sizes)} and slices of them')
     name, part = found
+    if not len(range(sizes[name])[part]):
+        raise UserError(f'data: the split {split!r} is empty; {name} of {data.data_dir} has {sizes[name]} images')
     images, labels = arrays[f'{name}_image'], arrays[f'{name}_label']
     wanted = (*data.image_size, data.channels)
     if images.shape[1:] != wanted or images.dtype != np.uint8:
@@ -56,6 +59,16 @@ def _part(data, arrays, sizes, split):
             f'for each of the {len(images)} images'
         )
     return images[part], labels[part]
+
+
+def digest(*splits: tuple[np.ndarray, np.ndarray]) -> str:
+    """Of images and labels as `load` returns them: differs where a byte does."""
+    found = hashlib.sha256()
+    for arrays in splits:
+        for array in arrays:
+            found.update(str(array.shape).encode())
+            found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
 
 
 def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[dict[str, np.ndarray]]:

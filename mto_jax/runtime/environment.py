@@ -41,6 +41,13 @@ def commit() -> str:
         return ''
 
 
+def make_deterministic() -> None:
+    """What a GPU computes is the same bit by bit each time. To be called before jax looks for its devices."""
+    flags, flag = os.environ.get('XLA_FLAGS', ''), '--xla_gpu_deterministic_ops=true'
+    if flag not in flags.split():
+        os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
+
+
 @cache
 def versions() -> dict[str, str]:
     """Of Python and the packages that shape a result; those not installed are left out."""

@@ -52,7 +52,7 @@ def accuracies(
 ) -> list[float]:
     """Test accuracy of each seed after fine-tuning its encoder on `config.finetune.label_share` of the labels.
 
-    The labelled images, their order and the head's start depend on the seed alone.
+    The labelled images, their order and the head's start depend on the seed alone. NaN for a seed that diverged.
 
     Args:
       params: of the method, with a leading axis of seeds.
@@ -79,7 +79,7 @@ def accuracies(
         chosen = subset(len(train[0]), c.label_share, seed)
         return (chosen[b] for b in order.batch_positions(count, batch_size, seed, start, stop))
 
-    states = feed.stack([begin(feed.take(params['encoder'], i), s) for i, s in enumerate(seeds)])
+    states = feed.stack([begin(feed.take(params['encoder'], i), np.uint32(s)) for i, s in enumerate(seeds)])
     resident = feed.Resident(training, {'image': train[0], 'label': train[1]}, seeds, positions, 'finetune')
     states = fit(resident, states, 0, total)
 
@@ -87,5 +87,6 @@ def accuracies(
     for i in range(len(seeds)):
         batches = memory.batches(*test, config.eval.batch_size)
         logits, labels = features.collect(guess, feed.take(states.params, i), batches, mesh).fetch()
-        out.append(features.accuracy_of(logits.argmax(1), labels, config.eval.balanced))
+        right = features.accuracy_of(logits.argmax(1), labels, config.eval.balanced)
+        out.append(right if np.isfinite(logits).all() else float('nan'))
     return out

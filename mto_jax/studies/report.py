@@ -58,7 +58,7 @@ class Table:
 
     def reference(self, budget: float, column: str, seeds: Sequence[int], baselines: Sequence[str]) -> str:
         """Of `baselines` the one with the highest mean value at the end of these seeds' runs."""
-        return max(baselines, key=lambda b: self.final(b, budget, column, seeds).mean())
+        return max(baselines, key=lambda b: _ranked(self.final(b, budget, column, seeds).mean()))
 
     def final(self, variant: str, budget: float, column: str, seeds: Sequence[int]) -> np.ndarray:
         """Values at the end of the runs, float (seeds,)."""
@@ -124,7 +124,7 @@ def variants_table(table: Table, budget: float) -> list[str]:
             cells += [f'{100 * values.mean():.1f}', '' if variant == base else _points(values, reference)]
         loss = table.final(variant, budget, 'reconstruction', seeds).mean()
         rows.append((rank, f'| {variant} | {len(seeds)} | ' + ' | '.join(cells) + f' | {loss:.4f} |'))
-    return lines + [line for _, line in sorted(rows, key=lambda r: -r[0])]
+    return lines + [line for _, line in sorted(rows, key=lambda r: -_ranked(r[0]))]
 
 
 def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
@@ -133,7 +133,7 @@ def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
     All are against the best of `baselines` at each budget.
     """
     budgets = table.budgets
-    lines = ['| variant | metric | epochs-to-match (95%) | RAUC | difference at E |', '|---|---|---|---|---|']
+    lines = ['| variant | metric | epochs-to-match (95%) | RAUC (95%) | difference at E |', '|---|---|---|---|---|']
     for metric, title in METRICS.items():
         for variant in table.variants:
             seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in budgets)))
@@ -144,7 +144,8 @@ def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
             reference = np.array([table.final(v, b, metric, seeds) for v, b in zip(best, budgets, strict=True)]).T
             if speed.testable(reference[:, -2], reference[:, -1]):
                 match, low, high = speed.match_interval(budgets, values, reference)
-                shown = f'{_share(match, budgets)} ({_share(low, budgets)} to {_share(high, budgets)})'
+                shown = _share(match, budgets)
+                shown += '' if np.isnan(low) else f' ({_share(low, budgets)} to {_share(high, budgets)})'
             else:
                 shown = 'not testable'
             watched = table.watched(best[-1], budgets[-1], table.watched(variant, budgets[-1], seeds))
@@ -153,7 +154,8 @@ def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
             area = ''
             if watched and epochs == other:
                 mean, low, high = speed.rauc_interval(epochs, curve, plain, table.random(metric))
-                area = '' if np.isnan(mean) else f'{mean:.2f} ({low:.2f} to {high:.2f})'
+                area = '' if np.isnan(mean) else f'{mean:.2f}'
+                area += '' if np.isnan(low) else f' ({low:.2f} to {high:.2f})'
             difference = '' if variant == best[-1] else _points(values[:, -1], reference[:, -1])
             lines.append(f'| {variant} | {title} | {shown} | {area} | {difference} |')
     return lines
@@ -182,6 +184,11 @@ def half_table(table: Table) -> list[str]:
                 cells += [_points(values, half), _points(full, half), speed.verdict(values, half, full)]
                 lines.append(f'| {" | ".join(map(str, cells))} |')
     return lines
+
+
+def _ranked(value: float) -> float:
+    """A value to sort by: that of a seed that diverged is below all others."""
+    return -np.inf if np.isnan(value) else value
 
 
 def _points(values: np.ndarray, reference: np.ndarray) -> str:

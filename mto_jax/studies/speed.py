@@ -3,7 +3,8 @@
 The paper names RAUC and does not publish its definition; all measures are this project's own (docs/method.md).
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -65,12 +66,14 @@ def verdict(values: Sequence[float], half: Sequence[float], full: Sequence[float
 
     'reproduced': the lower end of the method's 95% interval against the baseline of all epochs is above -0.3 points.
     'not testable': the baseline itself gains at most 0.3 points from the second half. 'partly': the method is ahead of
-    the baseline of the same epochs by more than its interval. 'not': none of these.
+    the baseline of the same epochs by more than its interval. 'not': none of these. 'diverged': a value is NaN.
 
     Args:
       values: of the method at E/2.
       half, full: of the baseline at E/2 and at E.
     """
+    if np.isnan([*values, *half, *full]).any():
+        return 'diverged'
     if np.mean(full) - np.mean(half) <= MARGIN:
         return 'not testable'
     behind, half_width = paired(values, full)
@@ -80,39 +83,43 @@ def verdict(values: Sequence[float], half: Sequence[float], full: Sequence[float
     return 'partly' if ahead > half_width else 'not'
 
 
-def resampled(measure: Callable[[np.ndarray], float], count: int, draws: int = 2000) -> tuple[float, float]:
-    """95% interval of `measure` of the chosen seeds (positions below `count`), by drawing seeds with replacement."""
-    rng = np.random.default_rng(0)
-    found = np.sort([measure(rng.integers(count, size=count)) for _ in range(draws)])
-    return float(found[int(0.025 * draws)]), float(found[int(0.975 * draws) - 1])
-
-
 def match_interval(budgets: Sequence[float], values: np.ndarray, baseline: np.ndarray) -> tuple[float, float, float]:
-    """Epochs-to-match of the mean curves, and a 95% interval from resampling paired seeds.
+    """Epochs-to-match of the mean curve, and where the ends of the 95% t intervals reach the target.
+
+    The intervals are those of the paired differences from the baseline's value at the last budget, one per budget.
 
     Args:
       values, baseline: final values (seeds, budgets); the target is the baseline's mean at the last budget.
 
     Returns:
-      (estimate, low, high); infinity where the target is not reached.
+      (estimate, low, high); infinity where the target is not reached, NaN for the ends with a single seed.
     """
-
-    def of(seeds):
-        return epochs_to_match(budgets, values[seeds].mean(0), baseline[seeds].mean(0)[-1])
-
-    return of(np.arange(len(values))), *resampled(of, len(values))
+    mean, half = np.array([paired(v, baseline[:, -1]) for v in values.T]).T
+    if len(values) < 2:
+        return epochs_to_match(budgets, mean, 0.0), math.nan, math.nan
+    return tuple(epochs_to_match(budgets, mean + shift, 0.0) for shift in (0.0, half, -half))
 
 
 def rauc_interval(
     epochs: Sequence[float], values: np.ndarray, baseline: np.ndarray, start: float
 ) -> tuple[float, float, float]:
-    """RAUC of the mean curves, and a 95% interval from resampling paired seeds: (estimate, low, high).
+    """RAUC of the mean curves, and its 95% t interval by the jackknife over paired seeds: (estimate, low, high).
 
     Args:
       values, baseline: (seeds, epochs).
+
+    Returns:
+      NaN for the ends with a single seed.
     """
 
     def of(seeds):
         return rauc(epochs, values[seeds].mean(0), baseline[seeds].mean(0), start)
 
-    return of(np.arange(len(values))), *resampled(of, len(values))
+    count = len(values)
+    everyone = np.arange(count)
+    estimate = of(everyone)
+    if count < 2:
+        return estimate, math.nan, math.nan
+    without = np.array([of(np.delete(everyone, i)) for i in everyone])
+    half = stats.t.ppf(0.975, count - 1) * np.sqrt((count - 1) * without.var())
+    return estimate, float(estimate - half), float(estimate + half)

@@ -35,6 +35,9 @@ from mto_jax.training import checkpoint, feed, job, train_state
 from mto_jax.training.loop import Record, Seen, Watch, every, fit
 from mto_jax.training.start import initialised
 
+# Of `config.data`: which images lie in memory, and how they look there.
+FROM_ARRAYS = ('name', 'data_dir', 'train_split', 'val_split', 'test_split', 'image_size', 'channels', 'num_classes')
+
 
 def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], ConfigDict]]:
     """(variant, budget, seeds, config) of every run; budgets ascend, so that the cheap ones come first.
@@ -42,7 +45,7 @@ def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], Conf
     Only runs of the largest budget are evaluated on their way: the others are there for their final values.
 
     Raises:
-      UserError: for a variant that names an unknown field or gives it a value of another type.
+      UserError: for a variant that names an unknown field, gives it a value of another type, or has other images.
     """
     study = config.study
     size = max(1, study.seeds_at_once)
@@ -54,6 +57,9 @@ def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], Conf
             setup.update(study.variants[name].to_dict())
         except (AttributeError, KeyError, TypeError) as e:
             raise UserError(f'study.variants.{name}: {" ".join(str(e.args[0]).split())}') from None
+        for field in FROM_ARRAYS:
+            if setup.data[field] != config.data[field]:
+                raise UserError(f'study.variants.{name} sets data.{field}; all variants have the images of the study')
         if budget < budgets[-1]:
             setup.study.evaluations = 1
         share = budget / setup.epochs
@@ -76,19 +82,12 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
         raise UserError('resume_from is set; a study resumes its own runs only (--workdir), and init_from starts them')
     if not 0 <= study.index < study.count:
         raise UserError(f'study.index is {study.index}; it must be from 0 to study.count - 1 ({study.count - 1})')
+    if config.deterministic:
+        environment.make_deterministic()
     cpu.keep_memory()
-    data = config.data
-    train = memory.load(data, data.train_split)
-    test = memory.load(data, data.val_split if study.split == 'val' else data.test_split)
-    jobs = list(grid(config))
-    for setup in {fingerprint(s): s for *_, s in jobs}.values():
-        # A bad variant stops here, not hours later.
-        feed.require_whole(setup, train[0])
-        method = job.prepare(setup, len(train[0])).objective.method
-        features.encoder(method, setup)
-        features.item(method, setup.eval)
-        if setup.finetune.epochs:
-            finetune.steps(setup.finetune, len(train[0]))
+    train, test = _load(config)
+    images, jobs = memory.digest(train, test), list(grid(config))
+    _check(jobs, images, train[0])
     workdir = Path(workdir)  # tables are appended to, which buckets cannot do
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'table.csv'
@@ -96,13 +95,13 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
         columns(path)  # rows could not be added, hours later
     mine = jobs[study.index :: study.count]
     for number, (variant, budget, seeds, setup) in enumerate(mine, 1):
-        mark = fingerprint(setup)
+        mark = fingerprint(setup, images)
         missing = tuple(s for s in seeds if (mark, str(s)) not in done(path))
         print(f'[{number}/{len(mine)}] {config.method} {variant}, {budget:g} epochs, seeds {list(seeds)}', flush=True)
         if not missing:
             print('  in the table', flush=True)
             continue
-        run_dir = workdir / 'runs' / f'{mark}_{missing[0]}'
+        run_dir = workdir / 'runs' / '_'.join([mark, *map(str, missing)])
         from_zero = variant == BASELINE and budget == jobs[-1][1]
         with hold(run_dir):
             rows = _train(setup, missing, train, test, run_dir, from_zero)
@@ -113,6 +112,37 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     return path
 
 
+def _load(config):
+    """Images and labels to train on, and those to be measured by."""
+    data = config.data
+    splits = data.train_split, data.val_split if config.study.split == 'val' else data.test_split
+    found = [memory.load(data, split) for split in splits]
+    for split, (_, labels) in zip(splits, found, strict=True):
+        if labels.min() < 0 or labels.max() >= data.num_classes:
+            raise UserError(
+                f'data.num_classes is {data.num_classes}, but the labels of {split!r} go from {labels.min()} to '
+                f'{labels.max()} (-1: an image has none)'
+            )
+    return found
+
+
+def _check(jobs, images: str, train: np.ndarray) -> None:
+    """A bad variant stops here, not hours later."""
+    seen = {}
+    for name, _, _, setup in jobs:
+        other, first = seen.setdefault(fingerprint(setup, images), (name, setup))
+        if other != name:
+            raise UserError(f'study.variants.{name} is the same run as {other}; leave one of them out')
+        if first is not setup:  # other seeds
+            continue
+        feed.require_whole(setup, train)
+        method = job.prepare(setup, len(train)).objective.method
+        features.encoder(method, setup)
+        features.item(method, setup.eval)
+        if setup.finetune.epochs:
+            finetune.steps(setup.finetune, len(train))
+
+
 def _train(config, seeds, train, test, run_dir: Path, from_zero: bool) -> list[dict]:
     """Rows of one run: every seed at every evaluation, the untrained network included where `from_zero`.
 
@@ -121,7 +151,7 @@ def _train(config, seeds, train, test, run_dir: Path, from_zero: bool) -> list[d
     training = job.prepare(config, len(train[0]))
     total, count = training.total, config.study.evaluations
     create = jax.jit(training.create)
-    fresh = [create(s) for s in seeds]
+    fresh = [create(np.uint32(s)) for s in seeds]
     rows = Rows(run_dir, seeds, [round(total * (i + 1) / count) for i in range(count)], total, config, fresh[0])
     if rows.start:
         abstract = checkpoint.abstract_like(fresh[0], parallel.replicated(parallel.make_mesh(1)))
@@ -250,12 +280,16 @@ def _evaluator(training, config, train, test):
     return evaluate
 
 
-def fingerprint(config: ConfigDict) -> str:
-    """Eight characters that differ where two runs would: of the config without seed, names and grid."""
+def fingerprint(config: ConfigDict, images: str = '') -> str:
+    """Eight characters that differ where two runs would: of the config without seed, names and grid.
+
+    Args:
+      images: `memory.digest` of those that it has.
+    """
     own = ('study.evaluations', 'study.split')
     fields = {
         name: value
         for name, value in values(config)
         if name != 'seed' and (FIELDS[name].shapes_run or name.startswith(('eval.', 'finetune.')) or name in own)
     }
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256((json.dumps(fields, sort_keys=True) + images).encode()).hexdigest()[:8]

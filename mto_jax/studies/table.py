@@ -29,8 +29,9 @@ COLUMNS = (
 
 
 def done(table: Path) -> set[tuple[str, str]]:
-    """(fingerprint, seed) of the runs in a table."""
-    return {(r['config'], r['seed']) for r in read(table)} if table.exists() else set()
+    """(fingerprint, seed) of the runs in a table that have their final value."""
+    rows = read(table) if table.exists() else ()
+    return {(r['config'], r['seed']) for r in rows if float(r['epoch']) == float(r['budget'])}
 
 
 def read(table: Path) -> list[dict[str, str]]:

@@ -1,6 +1,5 @@
 """From `config.task` to the function that does it."""
 
-import os
 from collections.abc import Callable
 
 from etils import epath
@@ -9,7 +8,7 @@ from ml_collections import ConfigDict
 from mto_jax.config import EVALUATIONS
 from mto_jax.config import check as check_fields
 from mto_jax.errors import UserError
-from mto_jax.runtime import hosts
+from mto_jax.runtime import environment, hosts
 from mto_jax.tasks import pretrained
 
 
@@ -43,7 +42,7 @@ def run(config: ConfigDict, workdir: epath.Path, check: bool = False) -> object:
         raise UserError(f'task is {config.task!r}; it must be one of {", ".join(tasks)}')
     check_fields(config, partial=config.task in EVALUATIONS)
     if config.deterministic:
-        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
+        environment.make_deterministic()
     hosts.start(config.hosts)
     if check:
         return _check(config, epath.Path(workdir))

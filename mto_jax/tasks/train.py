@@ -57,6 +57,8 @@ def devices(config: ConfigDict) -> Mesh:
     Raises:
       UserError: for a mesh or a batch that does not fit.
     """
+    if config.deterministic:
+        environment.make_deterministic()
     if config.allow_cpu:
         cpu.keep_memory()  # acts on threads that start after it: before jax looks for its devices
     mesh = parallel.make_mesh(**config.mesh)

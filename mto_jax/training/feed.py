@@ -97,10 +97,13 @@ def require_whole(config, images: np.ndarray) -> None:
     """Check that `config` can pre-train on `images`, uint8 (n, H, W, C), where they are.
 
     Raises:
-      UserError: for a config that crops (arrays hold full images: `data.crop` must be 'resize'), or another size.
+      UserError: for a config that crops (arrays hold full images: `data.crop` must be 'resize') or augments on the
+        host, or another size.
     """
     if config.data.crop != 'resize':
         raise UserError(f"data.crop is {config.data.crop!r}; training in memory uses full images ('resize')")
+    if config.data.randaugment:
+        raise UserError(f"data.randaugment is {config.data.randaugment!r}; training in memory has none (must be '')")
     wanted = (*config.data.image_size, config.data.channels)
     if images.shape[1:] != wanted:
         raise UserError(f'data.image_size and data.channels are {wanted}; the images in memory are {images.shape[1:]}')

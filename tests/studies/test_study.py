@@ -14,13 +14,13 @@ from configs import study_cifar10, study_gpu, study_mae, study_mto, study_opencl
 from mto_jax import methods
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
-from mto_jax.studies import report, speed, study
+from mto_jax.studies import finetune, report, speed, study
 from mto_jax.studies.table import COLUMNS, PER_BLOCK, append, read
 from mto_jax.tasks import pretrain
 from mto_jax.training import feed, job, train_state
 from mto_jax.training.loop import Record, fit
 
-INF = float('inf')
+INF, NAN = float('inf'), float('nan')
 
 
 @pytest.mark.slow
@@ -179,12 +179,36 @@ def test_match_interval_brackets_the_estimate():
     assert found == pytest.approx((0.5, 0.5, 0.5))
     assert speed.match_interval((1, 2, 4), baseline - 0.1, baseline) == (INF, INF, INF)
 
+    assert speed.match_interval((1, 2, 4), baseline[:1], baseline[:1]) == pytest.approx((1, NAN, NAN), nan_ok=True)
+
+
+def test_match_interval_by_hand():
+    """Differences of -4, -2 at E/4, -1, 1 at E/2 and 3, 5 at E: t(0.975, 1) = 12.706 times 1 is more than any of them.
+
+    With a tenth of the spread the upper ends are -1.73, 1.27 and 5.27, the lower ones -4.27, -1.27 and 2.73.
+    """
+    budgets, baseline, mean = (1, 2, 4), np.zeros((2, 3)), np.array([-3, 0, 4])
+    spread = np.array([[-1.0], [1.0]])
+    assert speed.match_interval(budgets, mean + spread, baseline) == pytest.approx((0.5, 0.25, INF))
+    low, high = 2 ** (1.7294 / 3) / 4, 2 ** (1 + 1.2706 / 4) / 4
+    found = speed.match_interval(budgets, mean + 0.1 * spread, baseline)
+    assert found == pytest.approx((0.5, low, high), rel=1e-4)
+
 
 def test_rauc_interval_by_hand():
-    """Areas of 1.1 and 1.3 times the baseline's 1: the interval of two seeds is their range."""
+    """Areas of 1.1 and 1.3 times the baseline's 1, of which each is left out once: 1.2 +- 12.706 * 0.1."""
     plain = np.array([[1.0, 3.0], [1.0, 3.0]])
     found = speed.rauc_interval((0, 1), plain + np.array([[0.1], [0.3]]), plain, 1.0)
-    assert found == pytest.approx((1.2, 1.1, 1.3))
+    assert found == pytest.approx((1.2, 1.2 - 1.27062, 1.2 + 1.27062), rel=1e-5)
+    assert speed.rauc_interval((0, 1), plain[:1], plain[:1], 1.0) == pytest.approx((1, NAN, NAN), nan_ok=True)
+
+
+def test_intervals_of_rauc_cover_the_truth(rng):
+    """Five seeds, 500 times: a share that is 95% but for its own deviation of one point."""
+    base = 1 + 0.1 * rng.normal(size=(500, 5, 1)) + np.zeros(3)
+    other = 1.2 + 0.1 * rng.normal(size=(500, 5, 1)) + np.zeros(3)
+    ends = [speed.rauc_interval((1, 2, 4), m, b, 0.0)[1:] for m, b in zip(other, base, strict=True)]
+    assert 0.90 < np.mean([low < 1.2 < high for low, high in ends]) < 0.99
 
 
 @pytest.mark.parametrize(
@@ -197,6 +221,7 @@ def test_rauc_interval_by_hand():
         ((0.718, 0.720, 0.722), (0.722, 0.720, 0.718), 'partly'),  # equal, by +-1.0; 1.8 ahead
         ((0.700, 0.702, 0.710), (0.718, 0.720, 0.722), 'not'),  # 0.2 ahead, by +-0.9
         ((0.718, 0.720, 0.722), (0.702, 0.704, 0.706), 'not testable'),  # it gains 0.2 points
+        ((0.718, 0.720, NAN), (0.718, 0.720, 0.722), 'diverged'),
     ],
 )
 def test_verdict_by_hand(values, full, want):
@@ -262,6 +287,17 @@ def test_unusable_features_are_a_row_of_nan(two_runs, monkeypatch, value, which)
     row = study._evaluator(training, two_runs, *data)(training.create(0))
     assert len(calls) == 2
     assert all(math.isnan(row[k]) for k in ('linear', 'knn', 'reconstruction'))
+
+
+def test_fine_tuning_of_a_diverged_seed_is_nan(two_runs):
+    """The other seed has its accuracy."""
+    data = memory.load(two_runs.data, 'train[:200]'), memory.load(two_runs.data, 'test[:40]')
+    training = job.prepare(two_runs, 200)
+    good = training.create(0).params
+    params = feed.stack([good, jax.tree.map(lambda x: x * jnp.nan, good)])
+    found = finetune.accuracies(training.objective.method, params, (0, 1), *data, two_runs)
+    assert 0 < found[0] <= 1
+    assert math.isnan(found[1])
 
 
 def test_evaluations_see_all_classes(two_runs, monkeypatch):
@@ -431,6 +467,9 @@ def test_shares_of_a_grid_cover_it(two_runs, tmp_path, monkeypatch):
         ({'baseline': {}, 'a': {'eval': {'features': 'class'}, 'model': {'class_token': False}}}, 'eval.features'),
         ({'baseline': {}, 'a': {'finetune': {'optim': {'warmup_epochs': 1.0}}}}, 'finetune.optim.warmup_epochs'),
         ({'baseline': {}, 'a': {'data': {'image_size': (14, 14)}}}, 'data.image_size'),
+        ({'baseline': {}, 'a': {'data': {'train_split': 'train[:50]'}}}, 'a sets data.train_split'),
+        ({'baseline': {}, 'a': {'data': {'randaugment': 'rand-m9-mstd0.5-inc1'}}}, 'data.randaugment'),
+        ({'baseline': {}, 'a': {'mask_ratio': 0.5}, 'b': {'mask_ratio': 0.5}}, 'b is the same run as a'),
     ],
 )
 def test_a_bad_grid_is_named(two_runs, tmp_path, monkeypatch, variants, word):
@@ -439,6 +478,43 @@ def test_a_bad_grid_is_named(two_runs, tmp_path, monkeypatch, variants, word):
     with pytest.raises(UserError, match=word):
         study.run(two_runs, tmp_path / 'w')
     assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'word'),
+    [
+        ('num_classes', 9, r"num_classes is 9, but the labels of 'train\[:200\]' go from 0 to 9"),
+        ('train_split', 'train[200:]', r"split 'train\[200:\]' is empty; train of .* has 200 images"),
+    ],
+)
+def test_bad_labels_and_splits_are_named_at_once(two_runs, tmp_path, monkeypatch, field, value, word):
+    images, labels = memory.load(two_runs.data, two_runs.data.train_split)
+    np.savez(tmp_path / 'a.npz', train_image=images, train_label=labels)
+    two_runs.data.data_dir, two_runs.data.test_split = str(tmp_path / 'a.npz'), 'train[:50]'
+    two_runs.data[field] = value
+    monkeypatch.setattr(study, '_train', lambda *_: pytest.fail('it began to train'))
+    with pytest.raises(UserError, match=word):
+        study.run(two_runs, tmp_path / 'w')
+
+
+def test_what_makes_a_run_another(two_runs, tmp_path, monkeypatch):
+    """Other test images, and seeds of which there are rows but no final ones: not in the table."""
+    seen = []
+
+    def trained(config, seeds, train, test, place, from_zero):
+        seen.append((config.study.split, seeds, place.name))
+        place.mkdir(parents=True, exist_ok=True)
+        found = {'linear': 0.5, 'knn': 0.5, 'reconstruction': 0.1}
+        return [found | {'seed': s, 'epoch': config.epochs * (0.5 if s else 1)} for s in seeds]
+
+    monkeypatch.setattr(study, '_train', trained)
+    two_runs.study.variants, two_runs.study.seeds = {'baseline': {}}, (0, 2**32 - 1)
+    study.run(two_runs, tmp_path)
+    two_runs.data.test_split = 'test[:60]'
+    study.run(two_runs, tmp_path)
+    study.run(two_runs, tmp_path)
+    assert [seeds for _, seeds, _ in seen] == [(0, 2**32 - 1), (0, 2**32 - 1), (2**32 - 1,)]
+    assert len({name for *_, name in seen}) == 3
 
 
 def test_budgets_scale_the_schedule(two_runs):

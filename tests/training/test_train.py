@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import json
+import os
 import re
 import shutil
 
@@ -26,7 +27,7 @@ from mto_jax.models import vit
 from mto_jax.models.layers import Block
 from mto_jax.runtime import parallel
 from mto_jax.runtime.log import read_history
-from mto_jax.tasks import pretrain
+from mto_jax.tasks import pretrain, train
 from mto_jax.training import checkpoint, job, objective, optim, perf, schedules, train_state
 from tests import toy_method
 from tests.conftest import named, shrink
@@ -520,6 +521,16 @@ def test_a_profile_of_chosen_steps(config, tmp_path, monkeypatch, capsys):
     config.profile_steps = (3, 99)
     with pytest.raises(UserError, match=r'profile_steps is \(3, 99\).*8 steps'):
         pretrain.run(config, tmp_path / 'other')
+
+
+def test_deterministic_from_python_too(config, monkeypatch):
+    """The flag is added to others, once."""
+    before = os.environ.get('XLA_FLAGS', '')
+    monkeypatch.setenv('XLA_FLAGS', before)
+    config.deterministic = True
+    for _ in range(2):
+        train.devices(config)
+    assert os.environ['XLA_FLAGS'].split() == [*before.split(), '--xla_gpu_deterministic_ops=true']
 
 
 @pytest.mark.pictures
