@@ -39,7 +39,16 @@ def start(hosts) -> None:
     began = time.monotonic()
     roll_call(address, count, index, hosts.timeout)
     left = max(10, round(hosts.timeout - (time.monotonic() - began)))
-    jax.distributed.initialize(address, count, index, initialization_timeout=left)
+    # Left to itself, jax gives a process of a SLURM step one device also where the node has no other process.
+    options = {'cluster_detection_method': 'deactivate', 'initialization_timeout': left}
+    jax.distributed.initialize(address, count, index, _devices(), **options)
+
+
+def _devices() -> list[int] | None:
+    """The device of this process where SLURM runs several on a node; else None, for all devices of the node."""
+    env = os.environ
+    nodes = env.get('SLURM_STEP_NUM_NODES')
+    return [int(env['SLURM_LOCALID'])] if nodes and int(env['SLURM_NTASKS']) > int(nodes) else None
 
 
 def find(hosts) -> tuple[str, int, int] | None:

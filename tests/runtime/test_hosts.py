@@ -104,6 +104,21 @@ def test_hosts_are_found_from_the_environment(monkeypatch, env, expected):
     assert hosts.find(base.get_config().hosts) == expected
 
 
+@pytest.mark.parametrize(('tasks', 'devices'), [('2', None), ('8', [1])])
+def test_a_slurm_task_has_all_devices_of_its_node(monkeypatch, tasks, devices):
+    """Unless several tasks share the node: then the one of its number."""
+    env = {'SLURM_STEP_NODELIST': 'n[03-04]', 'SLURM_PROCID': '1', 'SLURM_JOB_ID': '1', 'SLURM_LOCALID': '1'}
+    for name, value in (env | {'SLURM_NTASKS': tasks, 'SLURM_STEP_NUM_NODES': '2'}).items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr(hosts, 'roll_call', lambda *_: None)
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda *given, **named: seen.append((given, named)))
+    hosts.start(base.get_config().hosts)
+    ((given, named),) = seen
+    assert given == ('n03:61441', int(tasks), 1, devices)
+    assert named['cluster_detection_method'] == 'deactivate'  # else jax would choose the devices
+
+
 @pytest.mark.parametrize(
     ('fields', 'word'),
     [
