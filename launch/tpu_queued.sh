@@ -12,17 +12,36 @@ RUNTIME=tpu-ubuntu2204-base
 # ---------------------------------------------------------
 
 where=(--zone="$ZONE" --project="$PROJECT")
-state() { gcloud compute tpus queued-resources describe "$TPU" "${where[@]}" --format='value(state.state)' 2>/dev/null; }
+state() {
+  local found
+  if found=$(gcloud compute tpus queued-resources describe "$TPU" "${where[@]}" --format='value(state.state)' 2>&1); then
+    echo "$found"
+  elif [[ $found == *NOT_FOUND* ]]; then
+    echo NOT_FOUND
+  else
+    echo UNKNOWN # such as a network that is down: nothing is to be deleted for that
+  fi
+}
+remove() { gcloud compute tpus queued-resources delete "$TPU" "${where[@]}" --force --quiet; }
 
-until [[ $(state) == ACTIVE ]] && "$(dirname "$0")/tpu_vm.sh"; do
-  case $(state) in
-    ACTIVE | CREATING | ACCEPTED | PROVISIONING | WAITING_FOR_RESOURCES) ;;
-    *)
-      gcloud compute tpus queued-resources delete "$TPU" "${where[@]}" --force --quiet || true
+failures=0
+while true; do
+  now=$(state)
+  case $now in
+    ACTIVE)
+      "$(dirname "$0")/tpu_vm.sh" && break
+      if [[ $(state) == ACTIVE ]] && ((++failures == 5)); then
+        echo "the training failed five times on a live slice: see its output. The slice is kept; delete it by hand" >&2
+        exit 1
+      fi
+      ;;
+    SUSPENDED | FAILED | NOT_FOUND)
+      failures=0
+      [[ $now == NOT_FOUND ]] || remove || true
       gcloud compute tpus queued-resources create "$TPU" "${where[@]}" --node-id="$TPU" \
         --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" --spot || true
       ;;
   esac
   sleep 60
 done
-gcloud compute tpus queued-resources delete "$TPU" "${where[@]}" --force --quiet
+remove

@@ -23,6 +23,7 @@ from mto_jax.config import evaluation
 from mto_jax.data import augment, pil
 from mto_jax.errors import UserError
 from mto_jax.evals.features import FEATURES
+from mto_jax.methods import encoder as encoders
 from mto_jax.models import vit
 from mto_jax.models.heads import pooled
 from mto_jax.runtime.workdir import completed
@@ -278,11 +279,11 @@ def _classifier(reader, step, saved, weights, size) -> Model:
         raise UserError(f'weights is {weights!r}, but {reader.workdir} is a fine-tuning, which has no teacher')
     config = completed(saved)
     config.model.attention = _attention(config.model.attention)
-    method = methods.build(config)
-    params, model_state = jax.eval_shape(classify.build(config, method).init, jax.random.key(0))
+    # Not as it was pre-trained, whose masks and groups need not fit this batch and these images.
+    method = encoders.build(config)
     # Where weights were averaged, these are what was evaluated.
-    name, shapes = (f'{checkpoint.STATE}ema', model_state['ema']) if model_state else ('params', params)
-    return _sized(config, method, _restored(reader, step, name, shapes), size)
+    name = f'{checkpoint.STATE}ema' if config.classify.ema else 'params'
+    return _sized(config, method, _restored(reader, step, name, reader.shapes(step, name)), size)
 
 
 def _foreign(path, weights, size, hints) -> Model:

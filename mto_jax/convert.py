@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from absl import logging
+from etils import epath
 
 from mto_jax import cli
 from mto_jax.errors import UserError
@@ -19,9 +20,11 @@ from mto_jax.errors import UserError
 def main(argv: list[str] | None = None) -> None:
     """Convert as the arguments say. What is wrong with them or with a file is one line on stderr and exit code 2."""
     args = vars(_parser().parse_args(argv))
-    source, to, target = Path(args.pop('from')), Path(args.pop('to')), args.pop('target')
+    source, to, target = epath.Path(args.pop('from')), args.pop('to'), args.pop('target')
     try:
-        print(_convert(source, to, target, **args))
+        if '://' in to:
+            raise UserError(f'--to is {to}; it must be a local folder: convert there, then copy it')
+        print(_convert(source, Path(to), target, **args))
     except UserError as e:
         cli.stop(' '.join(str(e).split()))
 

@@ -38,19 +38,22 @@ def run(config, workdir: epath.Path) -> list[str]:
 
 
 def unreadable(source: sources.Source, data, label: str = '') -> list[str]:
-    """Every image of a source that cannot be decoded, as 'name: why'; prints its progress after `label`."""
+    """Every image of a source that cannot be decoded, or its label map, as 'name: why'; progress after `label`."""
     total = source.num_examples
     everything = np.array_split(np.arange(total), -(-total // 1024))
     decoded = np.zeros(total, bool)
 
     def decode(position, example):
-        # The shape is returned so that the decoding is not optimised away.
-        return position, tf.shape(pipeline.decode(source.read(example)['image'], data.channels))
+        example = source.read(example)
+        maps = pipeline.label_map(example, data, pipeline.decode)
+        # What is returned needs every pixel, so that no decoding is optimised away.
+        image = tf.shape(pipeline.decode(example['image'], data.channels))
+        return position, image, *map(tf.reduce_max, maps.values())
 
     threads = data.threads or tf.data.AUTOTUNE
     ds = source.select(everything).enumerate().map(decode, num_parallel_calls=threads, deterministic=True)
     start_time = shown = time.perf_counter()
-    for position, _ in ds.ignore_errors().prefetch(1024).as_numpy_iterator():
+    for position, *_ in ds.ignore_errors().prefetch(1024).as_numpy_iterator():
         decoded[position] = True
         now = time.perf_counter()
         if now - shown > 10:

@@ -185,7 +185,7 @@ def _eval_pixels(encoded, data, channels, method) -> tf.Tensor:
     return image
 
 
-def _mask(example, data, make) -> dict[str, tf.Tensor]:
+def label_map(example, data, make) -> dict[str, tf.Tensor]:
     """{'mask': int32 (height, width, 1)} where the example has a label map: its labels, or -1 where none counts.
 
     Args:
@@ -245,7 +245,7 @@ def train_batches(
             window = _window(example['image'], seed_pair, data)
             return _train_pixels(encoded, window, data, channels, 'nearest')
 
-        mask = _mask(example, data, same_crop)
+        mask = label_map(example, data, same_crop)
         if augment:
             shape = image.shape
             image = tf.ensure_shape(tf.numpy_function(augment, [image, seed_pair], tf.uint8), shape)
@@ -311,7 +311,7 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
     def prepare(position, example):
         del position
         example = source.read(example)
-        mask = _mask(example, data, lambda encoded, channels: _eval_pixels(encoded, data, channels, 'nearest'))
+        mask = label_map(example, data, lambda encoded, channels: _eval_pixels(encoded, data, channels, 'nearest'))
         return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)} | mask
 
     done, stand_ins = 0, {}

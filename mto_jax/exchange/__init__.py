@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from etils import epath
+
+from mto_jax.errors import UserError
 from mto_jax.exchange import files, runs, sources
 from mto_jax.exchange.card import card
 from mto_jax.exchange.model import Weights
@@ -23,9 +26,11 @@ def read(path: str | Path, *, key: str = '', teacher: bool = False, **hints) -> 
       UserError: in one line, for anything that is not the weights of a known family, or no intact checkpoint. Nothing
         in a file is run.
     """
-    path = Path(path)
+    path = epath.Path(path)
     if runs.is_run(path):
         return runs.load(path, teacher)[0]
+    if '://' in str(path):
+        raise UserError(f'{path} is no run; the weights of other libraries are read from local files')
     return sources.weights(files.load(path, key), sources.Hints(**hints))
 
 
@@ -63,4 +68,4 @@ def write(
         for name, content in (('config.json', made.config), ('preprocessor_config.json', made.preprocessor)):
             if content:
                 files.save_json(there / name, content)
-        (there / 'README.md').write_text(card(made, weights, Path(source), trained))
+        (there / 'README.md').write_text(card(made, weights, epath.Path(source), trained))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from mto_jax.errors import UserError
 from mto_jax.exchange.model import Weights, encoder_alone
@@ -19,7 +20,7 @@ from mto_jax.training.train_state import TrainState
 HEAD = 'head'  # the entry of the model state that keeps the head of converted weights
 
 
-def load(path: str | Path, teacher: bool = False) -> tuple[Weights, Path]:
+def load(path: epath.PathLike, teacher: bool = False) -> tuple[Weights, epath.Path]:
     """The weights in a workdir (its newest step) or its checkpoints/<step>, and where that is.
 
     Of a fine-tuning with averaged weights, those: they are what its results are of.
@@ -58,7 +59,7 @@ def load(path: str | Path, teacher: bool = False) -> tuple[Weights, Path]:
         return dataclasses.replace(encoder_alone(weights), notes=(noted,))
 
     workdir, step, weights = checkpoint.read(str(path), read, 'from')
-    return weights, Path(workdir) / checkpoint.NAME / str(step)
+    return weights, epath.Path(workdir) / checkpoint.NAME / str(step)
 
 
 def _arrays(reader: checkpoint.Checkpointer, step: int, item: str) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def _arrays(reader: checkpoint.Checkpointer, step: int, item: str) -> dict[str, 
     return jax.tree.map(np.asarray, found)
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: epath.Path) -> bool:
     """Whether it is the workdir of a run, or one of its checkpoints."""
     return (path / checkpoint.NAME).is_dir() or path.parent.name == checkpoint.NAME
 

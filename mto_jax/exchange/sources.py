@@ -235,6 +235,9 @@ class _Reading:
         c, s = schema.get_config(), self.style
         m, d = c.model, c.data
         kernel = self.array(f'{s.patch}.weight', 4)
+        given = self.json.get('hidden_act') or self.json.get('model_args', {}).get('act_layer') or 'gelu'
+        if given != 'gelu':
+            raise UserError(f'config.json: the activation is {given!r}; here it is the exact gelu')
         m.width, d.channels, m.patch_size, other = kernel.shape
         if other != m.patch_size:
             raise UserError(f'{s.patch}.weight: patches are {m.patch_size} x {other} pixels; here they are square')

@@ -127,7 +127,9 @@ def _preprocessor(weights) -> dict[str, Any]:
     d = weights.config.data
     height, width = d.image_size
     out = {
-        'image_processor_type': 'ViTImageProcessor',
+        # Not ViT's, which has no crop before transformers 5.
+        'image_processor_type': 'BitImageProcessor',
+        'do_convert_rgb': d.channels == 3,
         'do_resize': True,
         'size': {'height': height, 'width': width},
         'resample': 3,  # bicubic
@@ -140,10 +142,9 @@ def _preprocessor(weights) -> dict[str, Any]:
     if d.eval_resize:
         out |= {
             'size': {'shortest_edge': max(d.eval_resize, height, width)},
-            'do_center_crop': True,
             'crop_size': {'height': height, 'width': width},
         }
-    return out
+    return out | {'do_center_crop': bool(d.eval_resize)}
 
 
 def _load_huggingface(name: str, more: str = '') -> str:

@@ -1,9 +1,11 @@
 """A run's folder: local or remote (gs://...), one job at a time, and one config."""
 
+import _thread
 import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -143,6 +145,14 @@ def listed(changed: Mapping[str, tuple]) -> str:
     return '\n'.join(f'  {k}: {a!r} there, {b!r} now' for k, (a, b) in changed.items())
 
 
+def _lock_in(path: epath.Path) -> dict[str, Any] | None:
+    """What a lock says; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 class _Lock:
     """A file that says who holds the workdir, refreshed by a thread."""
 
@@ -192,11 +202,13 @@ class _Lock:
             self._path.rename(aside)  # of several jobs that try, one moves the dead one's
         except FileNotFoundError:
             return
-        now = json.loads(aside.read_text())
-        if now['token'] != dead['token']:
-            aside.rename(self._path)
+        now = _lock_in(aside)
+        if now and now['token'] == dead['token']:
+            aside.unlink()
+            return
+        aside.rename(self._path)
+        if now:
             self._refuse(now)
-        aside.unlink()
 
     def release(self) -> None:
         self._stop.set()
@@ -206,10 +218,10 @@ class _Lock:
             self._path.unlink()
 
     def _refuse(self, other):
-        raise UserError(
-            f'the workdir {self._path.parent} is in use by process {other["pid"]} on {other["host"]}; end that job, or '
-            'choose another --workdir'
-        )
+        raise UserError(f'{self._taken(other)}; end that job, or choose another --workdir')
+
+    def _taken(self, other) -> str:
+        return f'the workdir {self._path.parent} is in use by process {other["pid"]} on {other["host"]}'
 
     def _dead(self, other) -> bool:
         """True where it can be told: its process was on this host, and is gone."""
@@ -224,10 +236,7 @@ class _Lock:
         return other['pid'] == self._mine['pid'] and other['token'] != self._mine['token']
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return None
+        return _lock_in(self._path)
 
     def _content(self) -> str:
         return json.dumps(self._mine | {'beat': time.time()})
@@ -237,5 +246,12 @@ class _Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
+            now = self._read()
+            if (
+                now and now['token'] != self._mine['token']
+            ):  # this process was still for so long that it counted as dead
+                print(f'error: {self._taken(now)}', file=sys.stderr, flush=True)
+                _thread.interrupt_main()
+                return
             with contextlib.suppress(OSError):  # a full disk is reported by what else is written
                 self._write()

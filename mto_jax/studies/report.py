@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_jax.analysis.plots import BLOCK_TERMS
+from mto_jax.errors import UserError
 from mto_jax.studies import speed
 from mto_jax.studies.table import BASELINE, PER_BLOCK, read
 
@@ -32,6 +33,9 @@ class Table:
       baselines: names, `baseline` first.
       variants: names of all, the baselines' first.
       budgets: epochs, ascending.
+
+    Raises:
+      UserError: where runs of one variant and budget had different configs or images.
     """
 
     def __init__(self, path: Path):
@@ -39,6 +43,14 @@ class Table:
         for row in read(path):
             numbers = {k: float(row[k]) if row[k] else np.nan for k in (*METRICS, 'reconstruction', 'epoch', 'budget')}
             self._rows.append(row | numbers | {'seed': int(row['seed'])})
+        configs = {}
+        for row in self._rows:
+            which = row['variant'], row['budget']
+            if configs.setdefault(which, row['config']) != row['config']:
+                raise UserError(
+                    f'{path} has runs of two configs for {which[0]!r}, {which[1]:g} epochs ({configs[which]} and '
+                    f'{row["config"]} in the column config), which cannot be compared as one: keep the rows of one'
+                )
         names = sorted({r['variant'] for r in self._rows} - {BASELINE})
         self.baselines = [BASELINE, *(n for n in names if n.startswith(BASELINE))]
         self.variants = self.baselines + [n for n in names if n not in self.baselines]
@@ -77,10 +89,9 @@ class Table:
         return [s for s in seeds if any(r['seed'] == s and 0 < r['epoch'] < budget for r in rows)]
 
     def measured(self, budget: float) -> list[str]:
-        """The metrics that the baseline's runs have at this budget."""
-        base = self.variants[0]
-        seeds = sorted(self.seeds(base, budget))
-        return [m for m in METRICS if not np.isnan(self.final(base, budget, m, seeds)).all()]
+        """The metrics that runs have at this budget."""
+        rows = [r for r in self._rows if r['budget'] == r['epoch'] == budget]
+        return [m for m in METRICS if not np.isnan([r[m] for r in rows]).all()]
 
     def has(self, column: str) -> bool:
         """Whether any row has a value of this column."""
@@ -194,6 +205,8 @@ def _ranked(value: float) -> float:
 def _points(values: np.ndarray, reference: np.ndarray) -> str:
     """The mean paired difference in points with its 95% interval."""
     gain, half = speed.paired(values, reference)
+    if np.isnan(gain):
+        return 'diverged'
     return f'{100 * gain:+.1f}' + ('' if np.isnan(half) else f' ± {100 * half:.1f}')
 
 
@@ -298,7 +311,7 @@ def _plot_variants(table: Table, path: Path) -> None:
     others = [v for v in table.variants[1:] if table.shared(v, budget)]
     shown = (*table.measured(budget), 'reconstruction')
     fig = Figure(figsize=(2.5 + 3.2 * len(shown), 1.2 + 0.27 * len(others)), layout='constrained')
-    for axis, metric in zip(fig.subplots(1, len(shown), sharey=True), shown, strict=True):
+    for axis, metric in zip(fig.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
         scale = 1 if metric == 'reconstruction' else 100
         for row, variant in enumerate(others):
             seeds = table.shared(variant, budget)
@@ -322,7 +335,10 @@ def main() -> None:
     if not tables:
         parser.error(f'{folder} has no .csv tables')
     for path in tables:
-        write(path)
+        try:
+            write(path)
+        except UserError as e:
+            parser.error(str(e))
         print(path.with_suffix('.md'))
 
 

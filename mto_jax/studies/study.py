@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax.config import FIELDS, values
@@ -28,7 +29,7 @@ from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen
 from mto_jax.runtime import cpu, environment, parallel
-from mto_jax.runtime.workdir import hold
+from mto_jax.runtime.workdir import hold, read_json, write
 from mto_jax.studies import finetune
 from mto_jax.studies.table import BASELINE, PER_BLOCK, append, columns, done
 from mto_jax.training import checkpoint, feed, job, train_state
@@ -200,7 +201,7 @@ class Rows(Record):
     def __init__(self, run_dir: Path, seeds: Sequence[int], stops: Sequence[int], total: int, config, state):
         self.saves, self.logs = stops, sorted({*stops, *every(feed.DISPATCH, total)})
         self._seeds, self._total, self._config, self._notes = seeds, total, config, run_dir / 'rows.json'
-        kept = json.loads(self._notes.read_text()) if self._notes.exists() else []
+        kept = read_json(self._notes)['rows'] if self._notes.exists() else []
         self._rows = {(r['step'], r['seed']): r for r in kept}
         self.start = max((step for step, _ in self._rows), default=0)
         for path in run_dir.glob('seed*/checkpoints/*'):
@@ -233,7 +234,7 @@ class Rows(Record):
             saver.save(feed.take(state, i), self._config.to_dict(), None, {})
         for saver in self.savers:
             saver.wait()
-        self._notes.write_text(json.dumps(self.found))
+        write(epath.Path(self._notes), json.dumps({'rows': self.found}))
         fresh = [self._rows[step, s] for s in self._seeds]
         probes = ' '.join(f'{k} {np.mean([r[k] for r in fresh]):.4f}' for k in ('linear', 'knn'))
         print(f'  step {step}/{self._total} | {probes} | {self._line}', flush=True)

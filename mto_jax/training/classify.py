@@ -141,7 +141,7 @@ def counts(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> dict[str, 
     """Sums over the valid examples of logits (B, classes): their number, how many have their label (B,) first and among
     the first five, and the cross-entropy."""
     own = jnp.take_along_axis(logits, labels[:, None], 1)
-    rank = (logits > own).sum(1)
+    rank = (~(logits <= own)).sum(1)  # the last, where they are NaN
     seen = {
         'examples': jnp.ones_like(rank),
         'top1': rank < 1,

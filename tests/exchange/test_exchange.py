@@ -1,5 +1,6 @@
 """Conversion: round trips, what is read from shapes, damaged and foreign files, and the command from end to end."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import finetune, knn
 from mto_jax import convert, exchange, tasks
@@ -390,7 +392,30 @@ def test_a_decoder_that_is_another_there(rng, tmp_path, fields):
     assert 'Not in this export: decoder.' in (tmp_path / 'mae' / 'README.md').read_text()
 
 
+def test_another_activation_is_refused(rng, tmp_path):
+    exchange.write(made.encoder(rng), tmp_path / 'hf', 'huggingface')
+    path = tmp_path / 'hf' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'hidden_act': 'gelu_new'}))
+    with pytest.raises(UserError, match="activation is 'gelu_new'"):
+        exchange.read(tmp_path / 'hf')
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        (['--from=gs://bucket/run', '--to=x'], 'gs://bucket/run is no run'),
+        (['--from=run', '--to=gs://bucket/x'], '--to is gs://bucket/x; it must be a local folder'),
+    ],
+)
+def test_buckets(args, words, capsys, monkeypatch):
+    """A run in a bucket is looked for there; nothing is written to one."""
+    monkeypatch.setattr(epath.gpath.PosixGPath, 'is_dir', lambda self: False)
+    with pytest.raises(SystemExit):
+        convert.main(args)
+    assert words in capsys.readouterr().err
 
 
 def test_out_of_a_run_and_in_again(pretrained, tmp_path, capsys):  # noqa: F811

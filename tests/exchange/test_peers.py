@@ -220,11 +220,13 @@ def test_in_from_their_own_mae(rng, torch, transformers, tmp_path):
     assert float(ours.losses['reconstruction']) == pytest.approx(out.loss.item(), rel=1e-4)
 
 
-def test_the_image_processor(rng, transformers, torch, tmp_path):
+@pytest.mark.parametrize('resize', [0, 48])
+def test_the_image_processor(rng, transformers, torch, tmp_path, resize):
     """It makes normalised pixels of the model's size of a photograph of any."""
     weights = made.encoder(rng)
+    weights.config.data.eval_resize = resize
     exchange.write(weights, tmp_path / 'out', 'huggingface')
-    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / 'out')
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / 'out')
     photograph = np.full((50, 70, 3), 51, np.uint8)
     pixels = processor(images=photograph, return_tensors='np')['pixel_values']
     assert pixels.shape == (1, 3, 32, 32)

@@ -376,6 +376,21 @@ def test_report_by_hand(tmp_path):
     assert '| baseline, slower | linear probe | at most 0.25 (at most 0.25 to at most 0.25) |' in text
 
 
+def test_report_of_another_config_and_of_a_baseline_that_diverged(tmp_path, monkeypatch, capsys):
+    about = {'config': 'x', 'method': 'mae', 'budget': 1.0, 'epoch': 1.0, 'reconstruction': 0.3}
+    rows = [about | {'variant': v, 'seed': s, 'linear': x} for v, x in (('baseline', NAN), ('a', 0.7)) for s in (0, 1)]
+    append(tmp_path / 'a.csv', rows)
+    report.write(tmp_path / 'a.csv')
+    text = (tmp_path / 'a.md').read_text()
+    assert '| a | 2 | 70.0 | diverged |' in text
+    assert '| baseline | 2 | nan |' in text
+    append(tmp_path / 'a.csv', [rows[-1] | {'config': 'y', 'seed': 2}])
+    monkeypatch.setattr('sys.argv', ['report', str(tmp_path)])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "a.csv has runs of two configs for 'a', 1 epochs (x and y" in capsys.readouterr().err
+
+
 def test_two_definitions_of_heterogeneity_are_never_mixed(tmp_path, monkeypatch):
     """Rows added to an older table go under its names, and each definition has a panel of its own."""
     table = tmp_path / 'a.csv'
@@ -431,7 +446,7 @@ def test_a_stopped_study_resumes(two_runs, tmp_path, monkeypatch):
     steps = {int(p.name) for p in (tmp_path / 'part').glob('runs/*/seed*/checkpoints/*')}
     (rows,) = (tmp_path / 'part').glob('runs/*/rows.json')
     assert len(steps) == 2
-    assert {r['step'] for r in json.loads(rows.read_text())} == {0, min(steps)}
+    assert {r['step'] for r in json.loads(rows.read_text())['rows']} == {0, min(steps)}
     monkeypatch.setattr(study.checkpoint.Checkpointer, 'wait', real)
     resumed = read(study.run(two_runs, tmp_path / 'part'))
     for row in (*whole, *resumed):

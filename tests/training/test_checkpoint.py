@@ -272,6 +272,23 @@ def test_a_dead_jobs_workdir_is_taken_over_once(tmp_path, monkeypatch, content):
     assert lock.read_text() == content
 
 
+def test_a_job_that_lost_its_workdir_stops(tmp_path, monkeypatch):
+    """It stood still, and another job took over: it does not take the workdir back."""
+    monkeypatch.setattr(workdir, 'BEAT', 0.1)
+    theirs = json.dumps({'token': 'y', 'host': 'elsewhere', 'pid': 7, 'beat': 1.0})
+    with workdir.hold(tmp_path):
+        (tmp_path / 'lock.json').write_text(theirs)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(20)
+    assert (tmp_path / 'lock.json').read_text() == theirs
+
+
+def test_a_lock_that_is_just_being_written_is_put_back(tmp_path):
+    (tmp_path / 'lock.json').write_text('')
+    workdir._Lock(epath.Path(tmp_path / 'lock.json'))._remove({'token': 'x'})
+    assert [p.name for p in tmp_path.iterdir()] == ['lock.json']
+
+
 def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, 'STALE', 2.0)
     theirs = {'token': 'x', 'host': 'elsewhere', 'pid': 1, 'beat': 0.0}

@@ -15,7 +15,7 @@ from mto_jax.methods import Clock
 from mto_jax.runtime import parallel
 from mto_jax.tasks import supervised as task
 from mto_jax.tasks.pretrained import find
-from mto_jax.training import checkpoint, optim, train_state
+from mto_jax.training import checkpoint, classify, optim, train_state
 from mto_jax.training.classify import Classification
 from tests.conftest import named, randomised
 from tests.training.conftest import check_resumed, cut_down
@@ -155,6 +155,12 @@ def test_each_example_counts_once_on_any_mesh(config, rng):
         'loss': -log_p[np.arange(70), batch['label']].mean(),
     }
     assert found[0] == pytest.approx(want, abs=1e-5)
+
+
+def test_logits_that_are_not_finite_are_no_right_answers():
+    logits = jnp.array([[jnp.nan] * 10, [*range(9), jnp.nan], [*range(9), jnp.inf]])
+    seen = classify.counts(logits, jnp.array([3, 9, 9]), jnp.ones(3, bool))
+    assert (int(seen['examples']), int(seen['top1']), int(seen['top5'])) == (3, 1, 1)
 
 
 @pytest.mark.parametrize(

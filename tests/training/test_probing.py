@@ -333,6 +333,15 @@ def test_label_maps_are_cropped_with_their_images(on_scenes):
     assert (test['mask'][test['image'] == 250] == 1).mean() > 0.97
 
 
+def test_check_reads_label_maps(on_scenes, scenes, tmp_path):
+    maps = shutil.copytree(scenes / 'masks', tmp_path / 'masks')
+    Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(maps / 'val' / '3.png')
+    on_scenes.data.mask = str(maps)
+    with pytest.raises(UserError, match='1 images cannot be decoded'):
+        tasks.run(on_scenes, tmp_path / 'run', check=True)
+    assert 'the label map has colours' in (tmp_path / 'run' / 'unreadable.txt').read_text()
+
+
 @pytest.mark.parametrize(
     ('field', 'value', 'words'),
     [
