@@ -4,7 +4,8 @@
     python main.py --config=configs/conmim_mto.py:vit_b,tuned    # the other preset, see configs/presets.py
 
 MTO acts in the student's encoder. It ships `full`. On Fashion-MNIST with a small model and three seeds, no difference
-to the baseline was clear of its interval. `tuned` takes over SimMIM's: on small images no gain by either probe
+to the baseline was clear of its interval; on CIFAR-10 it gained fine-tuning, 4.0 ± 4.7 points, and lost 1.6 ± 0.4 by
+linear probe. `tuned` takes over SimMIM's: on small images no gain by either probe
 (docs/quickstart.md). Half the epochs is the paper's claim, not what was measured (docs/results.md).
 """
 

@@ -6,7 +6,7 @@
 It ships `full`, all four parts of MTO. On Fashion-MNIST with a small model, two epochs and ten seeds, its fine-tuning
 was the baseline's (-0.0 ± 0.2 points), and it was 0.9 ± 0.2 behind the baseline of twice the epochs; on CIFAR-10 with
 three seeds -0.2 ± 2.5 and -1.1 ± 2.0. `tuned` has recalibration that grows with depth for all queries, and no losses;
-on Fashion-MNIST it was no better. Half the epochs is the paper's claim, not what was measured (docs/results.md).
+it was no better on either. Half the epochs is the paper's claim, not what was measured (docs/results.md).
 """
 
 from configs import mae, presets

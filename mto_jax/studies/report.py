@@ -261,9 +261,12 @@ def _plot_budgets(table: Table, path: Path) -> None:
             # Where a seed lacks a budget, the mean of that budget would be over others.
             budgets = table.budgets_of(variant)
             seeds = sorted(set.intersection(*(set(table.shared(variant, b)) for b in budgets)))
+            for b in budgets:
+                every = 100 * table.final(variant, b, metric, table.shared(variant, b))
+                axis.plot([b] * len(every), every, f'C{colour}.', markersize=5, alpha=0.4)
             if seeds:
                 values = 100 * np.array([table.final(variant, b, metric, seeds) for b in budgets])
-                axis.plot(budgets, values, f'C{colour}.-', linewidth=0.8, markersize=5, alpha=0.4)
+                axis.plot(budgets, values, f'C{colour}-', linewidth=0.8, alpha=0.4)
                 axis.plot(budgets, values.mean(1), f'C{colour}o-', label=variant)
         for axis, column in zip(axes[len(shown) :], per_block, strict=True):
             last = table.budgets_of(variant)[-1]
