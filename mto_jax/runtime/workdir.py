@@ -247,9 +247,7 @@ class _Lock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
             now = self._read()
-            if (
-                now and now['token'] != self._mine['token']
-            ):  # this process was still for so long that it counted as dead
+            if now and now['token'] != self._mine['token']:  # this process stood still and counted as dead
                 print(f'error: {self._taken(now)}', file=sys.stderr, flush=True)
                 _thread.interrupt_main()
                 return
