@@ -1,9 +1,9 @@
 """A run's folder: local or remote (gs://...), one job at a time, and one config."""
 
-import _thread
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -249,7 +249,9 @@ class _Lock:
             now = self._read()
             if now and now['token'] != self._mine['token']:  # this process stood still and counted as dead
                 print(f'error: {self._taken(now)}', file=sys.stderr, flush=True)
-                _thread.interrupt_main()
-                return
+                if callable(signal.getsignal(signal.SIGINT)):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+                os._exit(2)  # a job in the background, which ignores SIGINT
             with contextlib.suppress(OSError):  # a full disk is reported by what else is written
                 self._write()

@@ -272,14 +272,21 @@ def test_a_dead_jobs_workdir_is_taken_over_once(tmp_path, monkeypatch, content):
     assert lock.read_text() == content
 
 
-def test_a_job_that_lost_its_workdir_stops(tmp_path, monkeypatch):
+@pytest.mark.parametrize('handler', ['default_int_handler', 'SIG_IGN'])  # the latter: of a job in the background
+def test_a_job_that_lost_its_workdir_stops(tmp_path, handler):
     """It stood still, and another job took over: it does not take the workdir back."""
-    monkeypatch.setattr(workdir, 'BEAT', 0.1)
     theirs = json.dumps({'token': 'y', 'host': 'elsewhere', 'pid': 7, 'beat': 1.0})
-    with workdir.hold(tmp_path):
-        (tmp_path / 'lock.json').write_text(theirs)
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(20)
+    job = (
+        'import pathlib, signal, sys, time; from mto_jax.runtime import workdir; workdir.BEAT = 0.1\n'
+        f'signal.signal(signal.SIGINT, signal.{handler})\n'
+        'with workdir.hold(sys.argv[1]):\n'
+        "    pathlib.Path(sys.argv[1], 'lock.json').write_text(sys.argv[2])\n"
+        '    time.sleep(60)'
+    )
+    command = [sys.executable, '-c', job, str(tmp_path), theirs]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert out.returncode
+    assert 'is in use by process 7 on elsewhere' in out.stderr
     assert (tmp_path / 'lock.json').read_text() == theirs
 
 
