@@ -21,7 +21,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax.config import FIELDS, values
@@ -234,7 +233,7 @@ class Rows(Record):
             saver.save(feed.take(state, i), self._config.to_dict(), None, {})
         for saver in self.savers:
             saver.wait()
-        write(epath.Path(self._notes), json.dumps({'rows': self.found}))
+        write(self._notes, json.dumps({'rows': self.found}))
         fresh = [self._rows[step, s] for s in self._seeds]
         probes = ' '.join(f'{k} {np.mean([r[k] for r in fresh]):.4f}' for k in ('linear', 'knn'))
         print(f'  step {step}/{self._total} | {probes} | {self._line}', flush=True)
