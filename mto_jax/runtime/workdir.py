@@ -56,7 +56,8 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     """Take the workdir for this job: only the job that holds it may write or clean in it.
 
     Raises:
-      UserError: if another job holds it, or it cannot be written. Nothing in it has changed then.
+      UserError: if another job holds it, or it cannot be written: nothing in it has changed then. Or if another job has
+        taken it, after this one had stood still for too long.
     """
     workdir = epath.Path(workdir)
     try:
@@ -69,6 +70,10 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         raise UserError(f'the workdir {workdir} cannot be written: {e.strerror or e}') from None
     try:
         yield
+    except KeyboardInterrupt:
+        if lock.lost:
+            raise UserError(lock.lost) from None
+        raise
     finally:
         lock.release()
 
@@ -159,6 +164,7 @@ class _Lock:
     def __init__(self, path: epath.Path):
         self._path = path
         self._mine = {'token': uuid.uuid4().hex, 'host': socket.gethostname(), 'pid': os.getpid()}
+        self.lost = ''  # how another job took the workdir from this one
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name='workdir lock')
 
@@ -248,10 +254,11 @@ class _Lock:
         while not self._stop.wait(BEAT):
             now = self._read()
             if now and now['token'] != self._mine['token']:  # this process stood still and counted as dead
-                print(f'error: {self._taken(now)}', file=sys.stderr, flush=True)
+                self.lost = f'{self._taken(now)}, which took over while this one stood still'
                 if callable(signal.getsignal(signal.SIGINT)):
                     os.kill(os.getpid(), signal.SIGINT)
                     return
+                print(f'error: {self.lost}', file=sys.stderr, flush=True)
                 os._exit(2)  # a job in the background, which ignores SIGINT
             with contextlib.suppress(OSError):  # a full disk is reported by what else is written
                 self._write()
