@@ -23,6 +23,8 @@ if [[ ! -f .venv/ready ]]; then
   "$PYTHON" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer, please: edit PYTHON")' || exit 2
   "$PYTHON" -m venv .venv && .venv/bin/pip install -q -r requirements-gpu.txt && touch .venv/ready || exit 2
 fi
+# SLURM 22.05 to 23.02 does not hand --cpus-per-task on to srun by itself.
+[[ -n ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 # srun tells every process its number; hosts.coordinator='auto' reads it. Exit code 143: saved, to be resumed.
 srun .venv/bin/python main.py --workdir="$WORKDIR" $ARGS
 code=$?

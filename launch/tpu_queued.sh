@@ -29,7 +29,9 @@ while true; do
   now=$(state)
   case $now in
     ACTIVE)
+      began=$SECONDS
       "$(dirname "$0")/tpu_vm.sh" && break
+      ((SECONDS - began < 3600)) || failures=0 # it trained: maintenance, say, ended it
       if [[ $(state) == ACTIVE ]] && ((++failures == 5)); then
         echo "the training failed five times on a live slice: see its output. The slice is kept; delete it by hand" >&2
         exit 1

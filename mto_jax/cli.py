@@ -24,7 +24,7 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
     """Parse the flags and call `job(config, workdir)`. Never returns.
 
     `job` imports what it needs itself, so that a mistyped flag is reported before any library is loaded. What is wrong
-    with the user's input is one line on stderr and exit code 2.
+    with the user's input is one line on stderr and exit code 2; for what may pass see `errors.Temporary`.
     """
     # TensorFlow's start-up notes; an accelerator is jax's alone.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -48,7 +48,7 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
             job(config, epath.Path(workdir).expanduser())
             sys.stdout.flush()
         except UserError as e:
-            stop(str(e))
+            stop(str(e), e.exit_code)
         except BrokenPipeError:
             # What Python flushes at its end must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,7 +119,7 @@ def _unraisable(found):
         sys.__unraisablehook__(found)
 
 
-def stop(problem: str):
-    """End with one line on stderr and exit code 2."""
+def stop(problem: str, code: int = 2):
+    """End with one line on stderr."""
     print(f'error: {problem}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

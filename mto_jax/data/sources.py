@@ -94,7 +94,8 @@ class Tfds:
         return self.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
     def order(self, part: Part) -> str:
-        return 'random access' if self.random_access else f'sequential, in {part.shares} share(s)'
+        how = 'random access' if self.random_access else f'sequential, in {part.shares} share(s)'
+        return f'{how}, {self.builder.info.full_name}, {self.num_examples} examples'
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
         records = self.builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)

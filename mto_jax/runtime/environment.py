@@ -13,6 +13,8 @@ import jax
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tensorflow', 'tensorflow-cpu')
 PACKAGES += ('tensorflow-datasets', 'libtpu')
+PACKAGES += ('jax-cuda12-plugin', 'jax-cuda12-pjrt', 'nvidia-cudnn-cu12', 'nvidia-cublas-cu12')
+PACKAGES += ('jax-cuda13-plugin', 'jax-cuda13-pjrt', 'nvidia-cudnn-cu13', 'nvidia-cublas')
 
 
 @cache
@@ -72,6 +74,11 @@ def describe(mesh: jax.sharding.Mesh) -> dict[str, Any]:
             'mesh': ' x '.join(f'{n} {s}' for n, s in mesh.shape.items()),
             'processes': jax.process_count(),
             # XLA splits work on a CPU by its threads, and with it the order of sums.
-            'cpu_threads': len(os.sched_getaffinity(0)) if device.platform == 'cpu' else 0,
+            'cpu_threads': cpu_threads() if device.platform == 'cpu' else 0,
         },
     }
+
+
+def cpu_threads() -> int:
+    """The processors that this process may use; where the system has no such limit (macOS), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mto_jax.errors import UserError
+from mto_jax.errors import Temporary, UserError
 
 PORT = 8476  # of the coordinator, where none is given
 
@@ -28,7 +28,7 @@ def start(hosts) -> None:
     """Join the other hosts as `config.hosts` says. Before any backend call; does nothing on a single host.
 
     Raises:
-      UserError: naming the hosts that did not come within `hosts.timeout` seconds.
+      Temporary: naming the hosts that did not come within `hosts.timeout` seconds.
     """
     if jax.distributed.is_initialized():
         return
@@ -98,7 +98,7 @@ def _metadata(key: str) -> str:
         ) as r:
             return r.read().decode()
     except OSError as e:
-        raise UserError(
+        raise Temporary(
             f"hosts.coordinator is 'auto' and this machine has a TPU, but its metadata server does not provide {key} "
             f"({e}); give hosts.coordinator, hosts.count and hosts.index, or hosts.coordinator='' for one host"
         ) from None
@@ -108,19 +108,20 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
     """Return once all hosts have called at the coordinator's address.
 
     Raises:
-      UserError: on every host that came, naming those that did not within `timeout` seconds.
+      Temporary: on every host that came, naming those that did not within `timeout` seconds.
+      UserError: on every host, for an index that is wrong or given twice.
     """
     deadline = time.monotonic() + timeout
     host, _, port = address.rpartition(':')
     if index:
         _report(host, int(port), count, index, deadline, timeout)
         return
-    names, problem = {0: socket.gethostname()}, ''
+    names, problem, kind = {0: socket.gethostname()}, '', UserError
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(socket.create_server(('', int(port)), backlog=count))
         except OSError as e:
-            raise UserError(f'hosts.coordinator: port {port} cannot be opened on this host ({e.strerror})') from None
+            raise Temporary(f'hosts.coordinator: port {port} cannot be opened on this host ({e.strerror})') from None
         peers = []
         while len(names) < count and not problem:
             left = deadline - time.monotonic()
@@ -131,6 +132,7 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
                     f'of {count} hosts, {count - len(names)} did not report within hosts.timeout ({timeout:g} s): '
                     f'index {missing}. Present: {present}. Start the same command on every host'
                 )
+                kind = Temporary
                 break
             server.settimeout(left)
             try:
@@ -150,9 +152,9 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
             names[number] = name
         for peer in peers:
             with contextlib.suppress(OSError):
-                peer.sendall((json.dumps({'problem': problem}) + '\n').encode())
+                peer.sendall((json.dumps({'problem': problem, 'temporary': kind is Temporary}) + '\n').encode())
     if problem:
-        raise UserError(problem)
+        raise kind(problem)
 
 
 def _report(host, port, count, index, deadline, timeout) -> None:
@@ -161,7 +163,7 @@ def _report(host, port, count, index, deadline, timeout) -> None:
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise UserError(
+            raise Temporary(
                 f'host {index} of {count}: no answer from {host}:{port} within hosts.timeout ({timeout:g} s). '
                 'Start the same command on every host, and check that the address can be reached'
             )
@@ -171,12 +173,12 @@ def _report(host, port, count, index, deadline, timeout) -> None:
                 s.sendall(message.encode())
                 s.settimeout(left + 5)
                 with s.makefile() as lines:
-                    problem = json.loads(lines.readline())['problem']
+                    answer = json.loads(lines.readline())
         except (OSError, ValueError):
             time.sleep(min(0.5, max(left, 0.01)))
             continue
-        if problem:
-            raise UserError(problem)
+        if answer['problem']:
+            raise (Temporary if answer['temporary'] else UserError)(answer['problem'])
         return
 
 
@@ -193,17 +195,17 @@ def gather(value: Any) -> list[Any]:
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """What is wrong on one host stops all: a UserError inside is raised everywhere. No collective may run inside."""
-    problem = ''
+    problem = None
     try:
         yield
     except UserError as e:
         if jax.process_count() == 1:
             raise
-        problem = str(e)
-    problems = gather(problem)
-    if any(problems):
-        index, text = next((i, p) for i, p in enumerate(problems) if p)
-        raise UserError(f'host {index}: {text}')
+        problem = str(e), isinstance(e, Temporary)
+    for index, found in enumerate(gather(problem)):
+        if found:
+            text, temporary = found
+            raise (Temporary if temporary else UserError)(f'host {index}: {text}')
 
 
 def agree(about: Mapping[str, Any]) -> None:

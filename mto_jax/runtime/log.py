@@ -39,6 +39,10 @@ class Log:
             self._writer.write_scalars(step, values)
             self._rows.append({'step': step, **values})
 
+    def seen(self, step: int) -> bool:
+        """Whether there is a row of that step that is no training interval's, which has the epoch."""
+        return bool(self._writer) and any(r['step'] == step and 'epoch' not in r for r in self._rows)
+
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """images: {name: float (B, H, W, C) in [0, 1]}."""
         if self._writer:

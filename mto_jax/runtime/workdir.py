@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax.config import FIELDS, field_of, nested
-from mto_jax.errors import UserError
+from mto_jax.errors import Temporary, UserError
 from mto_jax.runtime.hosts import flatten
 
 BEAT = 15.0  # seconds between two signs of life of the job that holds a workdir
@@ -28,12 +28,12 @@ def write(path: epath.Path, content: str | bytes) -> None:
     """Write a file atomically: readers see the old or the new one, also after a kill.
 
     Raises:
-      UserError: where it cannot be written. The old one is there then.
+      Temporary: where it cannot be written. The old one is there then.
     """
     try:
         _write(path, content)
     except OSError as e:
-        raise UserError(
+        raise Temporary(
             f'{path} cannot be written: {e.strerror or e}. Free some space or choose another --workdir; the same '
             'command resumes'
         ) from None
@@ -56,8 +56,9 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     """Take the workdir for this job: only the job that holds it may write or clean in it.
 
     Raises:
-      UserError: if another job holds it, or it cannot be written: nothing in it has changed then. Or if another job has
-        taken it, after this one had stood still for too long.
+      UserError: if it cannot be written. Nothing in it has changed then.
+      Temporary: if another job holds it; nothing in it has changed then. Or if another job has taken it, after this one
+        had stood still for too long.
     """
     workdir = epath.Path(workdir)
     try:
@@ -72,7 +73,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if lock.lost:
-            raise UserError(lock.lost) from None
+            raise Temporary(lock.lost) from None
         raise
     finally:
         lock.release()
@@ -195,7 +196,7 @@ class _Lock:
             except FileExistsError:
                 if now := self._read():
                     self._refuse(now)
-                raise UserError(
+                raise Temporary(
                     f'{self._path} cannot be read: another job is about to take the workdir, or was killed when it '
                     'did. Try again; if no job runs there, delete the file'
                 ) from None
@@ -224,7 +225,7 @@ class _Lock:
             self._path.unlink()
 
     def _refuse(self, other):
-        raise UserError(f'{self._taken(other)}; end that job, or choose another --workdir')
+        raise Temporary(f'{self._taken(other)}; end that job, or choose another --workdir')
 
     def _taken(self, other) -> str:
         return f'the workdir {self._path.parent} is in use by process {other["pid"]} on {other["host"]}'
@@ -259,6 +260,6 @@ class _Lock:
                     os.kill(os.getpid(), signal.SIGINT)
                     return
                 print(f'error: {self.lost}', file=sys.stderr, flush=True)
-                os._exit(2)  # a job in the background, which ignores SIGINT
+                os._exit(Temporary.exit_code)  # a job in the background, which ignores SIGINT
             with contextlib.suppress(OSError):  # a full disk is reported by what else is written
                 self._write()

@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mto_jax.errors import UserError
+from mto_jax.errors import Temporary, UserError
 from mto_jax.runtime import hosts
 from mto_jax.runtime.log import say
 from mto_jax.runtime.workdir import read_json, write
@@ -102,7 +102,7 @@ class Checkpointer:
           about: plain values, see `environment.describe`.
 
         Raises:
-          UserError: if it cannot be written, or the save before this one could not. Older checkpoints are intact.
+          Temporary: if it cannot be written, or the save before this one could not. Older checkpoints are intact.
         """
         items = _items(state)
         sums = {name: checksums(tree) for name, tree in items.items()}
@@ -134,22 +134,6 @@ class Checkpointer:
                 f'{self.workdir / CONSTANTS} holds other values of {", ".join(wrong[:3])} ({len(wrong)} of {len(sums)} '
                 'arrays) than this run would train with; use the same frozen weights, or choose another --workdir'
             )
-
-    def restore_constants(self, abstract: Any) -> Any:
-        """What `keep_constants` wrote, with the shapes, dtypes and shardings of `abstract`.
-
-        Raises:
-          Damaged: if there is nothing that can be read, or it is not what was written.
-        """
-        where, kept = self.workdir / CONSTANTS, self._constants_kept()
-        try:
-            with ocp.StandardCheckpointer() as reader:
-                out = reader.restore(where, abstract)
-        except Exception as e:
-            raise Damaged(f'{where} cannot be read ({type(e).__name__}: {_first_line(e)})') from e
-        if kept != checksums(out):
-            raise Damaged(f'{where} is damaged: a checksum differs from {where}.json')
-        return out
 
     def _constants_kept(self) -> dict[str, int] | None:
         path = self.workdir / f'{CONSTANTS}.json'
@@ -328,7 +312,7 @@ class Checkpointer:
             yield
         except Exception as e:
             self._manager.reload()
-            raise UserError(
+            raise Temporary(
                 f'a checkpoint could not be saved in {self.directory} ({type(e).__name__}: {_first_line(e)}). '
                 f'Intact checkpoints: {", ".join(map(str, self.steps)) or "none"}. Free some space or choose another '
                 '--workdir; the same command resumes'

@@ -61,10 +61,12 @@ class Record:
 
     Attributes:
       logs, saves: steps, ascending, at which terms are logged and states saved; at the last step both always are.
+      seen: whether it has what the watches found in the state that training starts from.
     """
 
     logs: Sequence[int] = ()
     saves: Sequence[int] = ()
+    seen: bool = True
 
     def interval(self, step: int, meter: Meter, waited: float) -> None:
         """Keep the terms of the interval that ends at `step`."""
@@ -107,14 +109,16 @@ def fit(
       preempted: asked after every dispatch; if True, the state is saved and training stops.
 
     Raises:
-      Preempted: once the state is saved after SIGTERM.
+      Preempted: once the state is saved after SIGTERM. What the watches would have found in it, they find when the run
+        goes on.
     """
     record = record or Record()
     events = [record.logs, record.saves, *(w.at for w in watches)]
     meter, step = feed.meter(), start
-    for watch in watches if not start else ():
-        if watch.at_start:
-            record.see(0, watch.look(0, state))
+    due = [w for w in watches if (not record.seen and (start == total or start in w.at) if start else w.at_start)]
+    for watch in due:
+        record.see(start, watch.look(start, state))
+    feed.waited()
     record.restart(start)
     while step < total:
         stop = min(total, *(_after(steps, step, total) for steps in events))
@@ -135,10 +139,11 @@ def fit(
             score = seen.score if score is None else score
         if save or score is not None:
             record.save(state, score)
-        if ending and not last:
+        if ending:
             record.finish()
             say(f'SIGTERM received: saved at step {step}; rerun the same command to resume')
             raise Preempted
+        feed.waited()  # while nothing was measured
         record.restart(step)
     record.finish()
     return state

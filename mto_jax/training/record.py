@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax.errors import UserError
+from mto_jax.runtime import hosts
 from mto_jax.runtime.log import Log, Progress, say
 from mto_jax.training import perf
 from mto_jax.training.checkpoint import Checkpointer
@@ -47,6 +48,7 @@ class Workdir(Record):
         roofline = perf.roofline(job, config.model.dtype)
         self._progress = Progress(start, job.total, config.batch_size, job.per_epoch, roofline)
         self._log = Log(workdir, start)
+        self.seen = any(hosts.gather(self._log.seen(start)))
         self._pending = None
 
     def interval(self, step: int, meter: Meter, waited: float) -> None:

@@ -111,17 +111,18 @@ def _require_place(config, job, reader, step):
         for name, old, new in (
             ('batch_size', there.batch_size, config.batch_size),
             ('data.name', there.data.name, config.data.name),
+            ('data.data_dir', there.data.data_dir, config.data.data_dir),
             ('data.train_split', there.data.train_split, config.data.train_split),
         )
         if old != new
-    ]
+    ] or ['other images in the same place']
     # What was saved before it was recorded: as if the images were the same.
     per_epoch = reader.about(step).get('steps_per_epoch', round(job.per_epoch * config.batch_size / there.batch_size))
-    if changed and per_epoch != job.per_epoch:
+    if per_epoch != job.per_epoch:
         raise UserError(
             f'{path} is after {step / per_epoch:g} epochs of {per_epoch} steps; with {", ".join(changed)} an epoch has '
-            f'{job.per_epoch} steps, and step {step} would be after {step / job.per_epoch:g}. Keep the value (for '
-            f'memory there is --config.accumulate), or start {weights}'
+            f'{job.per_epoch} steps, and step {step} would be after {step / job.per_epoch:g}. Keep what was '
+            f'there (for memory there is --config.accumulate), or start {weights}'
         )
     if step > job.total:
         raise UserError(

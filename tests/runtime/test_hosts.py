@@ -1,5 +1,6 @@
 """Several hosts: how they find each other, and real runs of two processes."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from configs import base, finetune, knn, linear_lars
 from mto_jax import tasks
 from mto_jax.errors import UserError
 from mto_jax.runtime import hosts, parallel
+from mto_jax.runtime.log import read_history
 from mto_jax.tasks import pretrain
 from mto_jax.training import checkpoint, job
 from tests.conftest import QUICK, shrink
@@ -35,14 +37,14 @@ def free_port():
 
 
 def call_in(count, indices, timeout, sizes=None):
-    """The outcome of `roll_call` on each of the hosts that were started: None or the error's text."""
+    """The outcome of `roll_call` on each of the hosts that were started: None, or the error's name and text."""
     address = f'localhost:{free_port()}'
 
     def one(index):
         try:
             hosts.roll_call(address, (sizes or {}).get(index, count), index, timeout)
         except UserError as e:
-            return str(e)
+            return f'{type(e).__name__}: {e}'
 
     with ThreadPoolExecutor(len(indices)) as pool:
         return list(pool.map(one, indices))
@@ -55,18 +57,18 @@ def test_all_hosts_report():
 def test_missing_hosts_are_named_on_those_that_came():
     out = call_in(5, [0, 2, 4], 2)
     for text in out:
-        assert '2 did not report within hosts.timeout (2 s): index 1, 3' in text
+        assert text.startswith('Temporary: of 5 hosts, 2 did not report within hosts.timeout (2 s): index 1, 3')
         assert '2 (' in text
 
 
 def test_a_missing_coordinator_is_named():
     (text,) = call_in(2, [1], 1)
-    assert re.fullmatch(r'host 1 of 2: no answer from localhost:\d+ within hosts.timeout \(1 s\)\. .*', text)
+    assert re.fullmatch(r'Temporary: host 1 of 2: no answer from localhost:\d+ within hosts.timeout \(1 s\)\. .*', text)
 
 
 def test_an_index_used_twice_and_another_count_are_refused():
     for out in (call_in(3, [0, 1, 1], 5), call_in(2, [0, 1], 5, {1: 3})):
-        assert all('index 1 of' in text for text in out if text)
+        assert all(text.startswith('UserError: ') and 'index 1 of' in text for text in out if text)
         assert any('reports as index 1 of' in text for text in out if text)
 
 
@@ -332,7 +334,7 @@ def test_sigterm_at_one_host_saves_on_all(tmp_path):
 @pytest.mark.slow
 def test_a_missing_or_differing_peer_fails_fast(tmp_path):
     missing = str(tmp_path / 'missing')
-    assert finish(launch(missing, 2, only=[0], hosts__timeout=3.0)) == [2]
+    assert finish(launch(missing, 2, only=[0], hosts__timeout=3.0)) == [75]
     assert 'of 2 hosts, 1 did not report within hosts.timeout (3 s): index 1' in output(missing)
     differing = str(tmp_path / 'differing')
     codes = finish(launch(differing, 2, different={1: {'optim.base_lr': 0.5, 'mask_ratio': 0.5}}))
@@ -368,6 +370,27 @@ def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = pretrain.run(config, tmp_path / 'part')
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
+
+
+@pytest.mark.parametrize('step', [4, 8], ids=['an evaluation', 'the last step'])
+def test_what_sigterm_left_out_is_measured_when_the_run_goes_on(config, tmp_path, monkeypatch, step):
+    """It comes in a step after which the run would have been measured, as it is after steps 4 and 8."""
+    from mto_jax.runtime import preemption
+
+    config.eval.every_epochs, config.checkpoints.every = 1.0, 4
+    with monkeypatch.context() as m:
+        m.setattr(preemption, 'watch', lambda: contextlib.nullcontext(lambda now: now == step))
+        with pytest.raises(preemption.Preempted):
+            pretrain.run(config, tmp_path)
+
+    def measured():
+        return [r['step'] for r in read_history(tmp_path) if 'val_knn_1' in r]
+
+    assert measured() == [4] * (step == 8)
+    pretrain.run(config, tmp_path)
+    assert measured() == [4, 8]
+    pretrain.run(config, tmp_path)
+    assert measured() == [4, 8]
 
 
 def test_sbatch_reads_every_directive():

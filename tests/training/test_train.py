@@ -25,10 +25,10 @@ from mto_jax.evals import probes
 from mto_jax.methods import mae
 from mto_jax.models import vit
 from mto_jax.models.layers import Block
-from mto_jax.runtime import parallel
+from mto_jax.runtime import environment, parallel
 from mto_jax.runtime.log import read_history
 from mto_jax.tasks import pretrain, train
-from mto_jax.training import checkpoint, job, objective, optim, perf, schedules, train_state
+from mto_jax.training import checkpoint, job, loop, objective, optim, perf, schedules, train_state
 from tests import toy_method
 from tests.conftest import named, shrink
 
@@ -534,6 +534,37 @@ def test_deterministic_from_python_too(config, monkeypatch):
 
 
 @pytest.mark.pictures
+def test_what_was_waited_before_the_clock_started_is_not_counted():
+    class Slow:
+        pending = 5.0  # its first batches
+
+        def meter(self):
+            return None
+
+        def advance(self, state, meter, step, stop):
+            self.pending += 0.25
+            return state, meter, step + 1
+
+        def waited(self):
+            waited, self.pending = self.pending, 0.0
+            return waited
+
+    class Kept(loop.Record):
+        logs, saves, found = (2, 4), (1,), []
+
+        def interval(self, step, meter, waited):
+            self.found.append((step, waited))
+
+    loop.fit(Slow(), None, 0, 4, record=Kept())
+    assert Kept.found == [(2, 0.25), (4, 0.5)]  # after step 1 it saved, and the clock started again
+
+
+def test_threads_without_affinity(monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    assert environment.cpu_threads() == os.cpu_count()
+
+
 def test_pictures_and_metrics(config, tmp_path):
     config.eval.every_epochs, config.diagnose_every = 1.0, 4
     pretrain.run(config, tmp_path)
