@@ -201,9 +201,10 @@ FIELDS: dict[str, Field] = {
     'model.init': shapes('mae'),  # mae, beit, bootmae
     'model.mask_token_scale': shapes(1.0),  # factor of the mask token's initial value
     'model.mask_token_norm': shapes(0.0, at_least(0)),  # its fixed length; 0: free
-    # of matrix products, and of the residual stream unless residual_dtype names another; parameters stay float32
-    'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16', 'float16'), trains=True),
-    'model.residual_dtype': shapes('', one_of('', 'float32', 'bfloat16', 'float16')),
+    # of matrix products, and of the residual stream unless residual_dtype names another; parameters stay float32. Not
+    # float16, in which gradients underflow: a loss per masked value is divided by all of the batch's
+    'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16'), trains=True),
+    'model.residual_dtype': shapes('', one_of('', 'float32', 'bfloat16')),
     'model.remat': shapes(False, trains=True),
     # auto: cuDNN's kernel on a GPU where it fits, one head at a time on a TPU where the logits are large, plain matrix
     # products otherwise; cudnn or xla, those of jax.nn.dot_product_attention; heads; '' for plain products

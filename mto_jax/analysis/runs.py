@@ -35,11 +35,13 @@ LOSSES = {
     'mto_r': 'L_r of MTO, before its weight',
 }
 # What must be the same for the term of two runs to be compared.
-SAME_PROBE = ('data.name', 'data.data_dir', 'data.val_split')
+SAME_PROBE = ('data.name', 'data.data_dir', 'data.train_split', 'data.val_split', 'data.eval_resize')
+SAME_PROBE += ('eval.train_examples', 'eval.weights', 'eval.depth', 'eval.features')
 SAME_TARGET = ('method', 'mask_ratio', 'mae.norm_pix_loss', 'simmim.mask_unit', 'model.patch_size', 'data.name')
 SAME_TARGET += ('bootmae.norm_pix_loss', 'bootmae.weight_patches')
 SAME_TARGET += ('bootmae.block_patches', 'bootmae.block_area', 'bootmae.block_aspect')
 SAME_TARGET += ('data.data_dir', 'data.train_split', 'data.image_size', 'data.crop', 'data.mean', 'data.std')
+SAME_TARGET += ('data.crop_area', 'data.crop_aspect')
 
 
 class Run:
@@ -126,7 +128,7 @@ def probes(runs: Sequence[Run]) -> list[str]:
 def best(runs: Sequence[Run], term: str) -> Callable | None:
     """`min` or `max` where one run's value of the term can be better than another's."""
     same = {'reconstruction': SAME_TARGET}.get(term, SAME_PROBE if term.startswith('val_') else ())
-    if not same or any(len({str(r.config.get(n)) for r in runs}) > 1 for n in same):
+    if not same or any(len({str(r.field(n)) for r in runs}) > 1 for n in same):
         return None
     return max if term.startswith('val_') and not term.startswith('val_loss') else min
 

@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         masked = vit.prefix_false(masks.mask, a.num_prefix)
         positions = jnp.pad(position.sincos_2d(a.grid, a.width, rows_first=True), ((a.num_prefix, 0), (0, 0)))
         # Visible tokens have theirs from the encoder.
-        x = embedded + jnp.where(masked[..., None], positions, 0).astype(a.dtype)
+        x = embedded.astype(a.stream_dtype) + jnp.where(masked[..., None], positions, 0).astype(a.stream_dtype)
         seen = Conditioning(masked=masked, tokens=embedded, progress=progress, memory=memory)
         out = vit.Transformer(a, self.attends, name='blocks')(x, seen, train=train)
         x = layer_norm('norm', a.norm_eps)(out.tokens[:, a.num_prefix :]).astype(a.dtype)

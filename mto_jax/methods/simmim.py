@@ -41,8 +41,7 @@ class MaskedEncoder(nn.Module):
         """See `methods.SingleModule`. noise: float (B, units)."""
         m, a = self.method, self.method.arch
         if noise is None:
-            units = (a.grid[0] // m.mask_unit) * (a.grid[1] // m.mask_unit)
-            noise = jax.random.uniform(self.make_rng('mask'), (images.shape[0], units))
+            noise = jax.random.uniform(self.make_rng('mask'), (images.shape[0], a.num_patches // m.mask_unit**2))
         mask = masking.unit_masking(noise, a.grid, m.mask_unit, m.mask_ratio).mask
         encoded = self.encoder(images, mask=mask, train=train, progress=progress)
         predictions = self.head(encoded.tokens[:, a.num_prefix :])

@@ -117,6 +117,11 @@ class Architecture:
         return int(self.class_token)
 
     @property
+    def stream_dtype(self):
+        """Of what runs from block to block, from the sum with the positions on."""
+        return self.residual_dtype or self.dtype
+
+    @property
     def weight_init(self):
         return trunc_normal_one_std() if self.init == 'beit' else flat_xavier
 
@@ -177,7 +182,7 @@ class Transformer(nn.Module):
           depth: apply the first blocks only; several numbers, for the tokens after each.
         """
         a, stats, taps = self.arch, {}, {}
-        x = x.astype(a.residual_dtype or a.dtype)
+        x = x.astype(a.stream_dtype)
         several = isinstance(depth, tuple)
         after = [a.depth if d is None else d for d in (depth if several else (depth,))]
         found = {0: x}
@@ -263,13 +268,14 @@ class ViT(nn.Module):
         if mask is not None:
             x = jnp.where(mask[..., None], mask_token(self), x)
         embedded = x
+        x = x.astype(a.stream_dtype)
 
         cls = self.param('cls_token', a.cls_token_init, (1, 1, a.width)) if a.class_token else None
         if a.position.startswith('sincos'):
-            x = x + jnp.asarray(position.sincos_2d(a.grid, a.width, a.position == 'sincos_rows'), a.dtype)
+            x = x + jnp.asarray(position.sincos_2d(a.grid, a.width, a.position == 'sincos_rows'), x.dtype)
         elif a.position == 'learned':
             table = self.param('pos_embed', trunc_normal_one_std(), (1, a.num_prefix + a.num_patches, a.width))
-            x = x + table[:, a.num_prefix :].astype(a.dtype)
+            x = x + table[:, a.num_prefix :].astype(x.dtype)
             cls = None if cls is None else cls + table[:, : a.num_prefix]
         if ids_keep is not None:
             x = jnp.take_along_axis(x, ids_keep[..., None], axis=1)

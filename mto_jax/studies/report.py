@@ -153,7 +153,8 @@ def speed_table(table: Table, baselines: Sequence[str]) -> list[str]:
             best = [table.reference(b, metric, seeds, baselines) for b in budgets]
             values = np.array([table.final(variant, b, metric, seeds) for b in budgets]).T
             reference = np.array([table.final(v, b, metric, seeds) for v, b in zip(best, budgets, strict=True)]).T
-            if speed.testable(reference[:, -2], reference[:, -1]):
+            halves = [i for i, b in enumerate(budgets) if 2 * b == budgets[-1]]
+            if halves and speed.testable(reference[:, halves[0]], reference[:, -1]):
                 match, low, high = speed.match_interval(budgets, values, reference)
                 shown = _share(match, budgets)
                 shown += '' if np.isnan(low) else f' ({_share(low, budgets)} to {_share(high, budgets)})'

@@ -167,7 +167,8 @@ def _train(config, seeds, train, test, run_dir: Path, from_zero: bool) -> list[d
 
     def tune(step, states):
         method = training.objective.method
-        return Seen({'finetune': finetune.accuracies(method, states.params, seeds, train, test, config)})
+        weights = features.weights(states, config.eval)
+        return Seen({'finetune': finetune.accuracies(method, weights, seeds, train, test, config)})
 
     watches = [Watch(probe, rows.saves, at_start=from_zero)]
     if config.finetune.epochs:

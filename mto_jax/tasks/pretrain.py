@@ -6,8 +6,10 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from mto_jax import mto
 from mto_jax.analysis import plots
 from mto_jax.data import pipeline, randaugment, sources
+from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import described, say
@@ -42,6 +44,7 @@ def plan(config: ConfigDict) -> train.Plan:
         source = sources.open_source(config.data, config.data.train_split)
         watched = sources.open_source(config.data, config.data.val_split)
         training = job.prepare(config, source.num_examples)
+        _require_parts(training.objective.method.mto)
         interval = schedules.evaluation_interval(config.eval.every_epochs, training.per_epoch)
         method = training.objective.method
         measured = [config.data.val_split] if interval else []
@@ -52,6 +55,15 @@ def plan(config: ConfigDict) -> train.Plan:
     title = f'{config.method}, MTO {"on" if method.mto else "off"}'
     watches = partial(_watches, config, training, mesh, watched, interval)
     return train.Plan(config, mesh, source, training, title, watches, partial(start.fresh, config, training))
+
+
+def _require_parts(settings: mto.Settings | None) -> None:
+    """Raises UserError where MTO is on and would change nothing."""
+    if settings and settings.recalibration == 'none' and not settings.has_losses:
+        raise UserError(
+            "mto.enabled is True, but no part of it is set: mto.recalibration is 'none', and mto.w_spa, mto.w_e and "
+            'mto.w_r are 0. The configs named *_mto set them; without MTO, leave mto.enabled out'
+        )
 
 
 def _watches(config, training, mesh, watched, interval, workdir) -> list[Watch]:

@@ -147,9 +147,16 @@ def test_runs_side_by_side(runs, config, tmp_path):
 
 
 def test_nothing_is_best_where_targets_differ(runs, tmp_path):
-    other = epath.Path(tmp_path / 'other')
-    record(other, config_of(runs[1]) | {'mask_ratio': 0.5}, read_history(runs[1]))
-    assert '<strong>' not in report.write_report(tmp_path, [runs[0], other]).read_text()
+    config = config_of(runs[1])
+    crops = {'data': config['data'] | {'crop_area': (0.67, 1.0)}}
+    older = {
+        'mae': {n: v for n, v in config['mae'].items() if n != 'norm_pix_loss'}
+    }  # than a field, which is as it was
+    cases = [({}, True), (older, True), ({'mask_ratio': 0.5}, False), (crops, False)]
+    for i, (changes, comparable) in enumerate(cases):
+        other = epath.Path(tmp_path / f'other{i}')
+        record(other, config | changes, read_history(runs[1]))
+        assert ('<strong>' in report.write_report(tmp_path, [runs[0], other]).read_text()) == comparable
 
 
 def test_runs_of_one_name_are_told_apart(runs, tmp_path):

@@ -328,6 +328,22 @@ def test_evaluations_see_all_classes(two_runs, monkeypatch):
     assert set(test[1][positions]) == set(range(10))
 
 
+def test_a_teacher_is_fine_tuned_where_it_is_evaluated(two_runs, tmp_path, monkeypatch):
+    two_runs.method, two_runs.eval.weights = 'tests.toy_method', 'teacher'
+    two_runs.study.variants, two_runs.study.evaluations = {'baseline': {}}, 1
+    weights, given, tuned = study.features.weights, [], []
+
+    def remember(*args):
+        given.append(weights(*args))
+        return given[-1]
+
+    monkeypatch.setattr(study.features, 'weights', remember)
+    monkeypatch.setattr(study.finetune, 'accuracies', lambda _, p, seeds, *__: tuned.append(p) or [0.5] * len(seeds))
+    study.run(two_runs, tmp_path)
+    assert len(tuned) == 2  # of the untrained network, too
+    assert all(any(p is g for g in given) for p in tuned)
+
+
 @pytest.mark.pictures
 def test_report_by_hand(tmp_path):
     """A method that is 2.5 points better everywhere, on a baseline that gains a point from budget to budget."""
@@ -352,6 +368,12 @@ def test_report_by_hand(tmp_path):
     assert f'| better, too | linear probe | 1 for 2 {half}' in text
     assert '| better, too | 3 | 74.6 | +2.5 ± 0.0 | 74.6 | +2.5 ± 0.0 | 0.3000 |' in text
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ('a.png', 'a_blocks.png'))
+    # Without a run of E/2 there is nothing that tells whether the baseline still learns.
+    (tmp_path / 'a.csv').unlink()
+    longer = [r | {'budget': 3.0, 'epoch': 1.5 * r['epoch']} if r['budget'] == 2 else r for r in rows]
+    append(tmp_path / 'a.csv', longer)
+    report.write(tmp_path / 'a.csv')
+    assert '| better, too | kNN | not testable |' in (tmp_path / 'a.md').read_text()
     # The claim itself needs no run of the method with all epochs.
     (tmp_path / 'a.csv').unlink()
     append(tmp_path / 'a.csv', [r for r in rows if (r['variant'], r['budget']) != ('better, too', 4.0)])
