@@ -38,6 +38,7 @@ def get_config(argument: str = 'vit_b'):
     o.b2, o.warmup_epochs, o.min_lr, o.decay_cls_token = 0.999, recipe.get('warmup', 5.0), 1e-6, False
     if argument.startswith('simmim'):
         o.warmup_lr = 1.25e-7  # 2.5e-7 per 512 images, as the rate is 1.25e-3
+        o.warmup_prefix = False
     if argument.startswith(('bootmae', 'conmim')):
         o.lr_reference, o.warmup_inclusive = 0, True
     if argument.startswith('conmim'):

@@ -122,6 +122,7 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
         'warmup_lr': kind(0.0, at_least(0)),  # where the warm-up starts, per lr_reference images like base_lr
         # the last warm-up step is at the peak, as in the BEiT family, instead of the first after it
         'warmup_inclusive': kind(False),
+        'warmup_prefix': kind(True),  # False, as in timm: the cosine runs from step 0 on, behind the warm-up
         'min_lr': kind(0.0, at_least(0)),  # where the cosine ends; absolute
         'decay_epochs': kind((), none_or_each(above(0))),  # multistep: where the rate is multiplied by decay_factor
         'decay_factor': kind(0.1, above(0)),
@@ -321,7 +322,7 @@ FIELDS: dict[str, Field] = {
     'classify.ema': shapes(0.0, within(0, 1), own=True),  # decay of averaged weights, which are evaluated; 0: none
     # --- task=probe
     'probe.head': shapes('linear', one_of('linear', 'attentive', 'dense'), own=True),  # see models/heads.py
-    'probe.pool': shapes('class', one_of('class', 'mean'), own=True),  # what the linear head sees
+    'probe.pool': shapes('class', one_of('class', 'mean', 'fc_norm'), own=True),  # what the linear head sees
     'probe.heads': shapes(12, at_least(1), own=True),  # of the attentive head
     'probe.group': shapes(512, at_least(1), own=True),  # images per group of batch normalisation
     # --- Fine-tuning of a study's runs

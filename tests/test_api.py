@@ -274,6 +274,7 @@ def test_load_errors(run, tmp_path, rng):
 def test_embed_errors(model, rng, tmp_path):
     images = pixels(rng, 3)
     (tmp_path / 'a.jpg').write_text('words')
+    Image.new('1', (20_000, 20_000)).save(tmp_path / 'huge.png')
     for given, problem in (
         (images / np.float32(255), r'images\[0\] is float32'),
         (images.repeat(3, -1), r'images\[0\] is uint8 \(28, 28, 3\); .* \(height, width, 1\)'),
@@ -282,6 +283,7 @@ def test_embed_errors(model, rng, tmp_path):
         ('photos', 'images is a str'),
         ((image for image in images), 'images is a generator'),
         ([images[0], tmp_path / 'a.jpg'], 'cannot decode .*a.jpg'),
+        ([tmp_path / 'huge.png'], 'cannot decode .*huge.png: Image size'),
     ):
         with pytest.raises(UserError, match=problem):
             model.embed(given)

@@ -1,6 +1,6 @@
 """A plain folder of images as a data set: `data.name='folder'`, and in `data.data_dir` one folder per split.
 
-data_dir/train/<class>/any/depth.jpg    labels are the classes' places among those of all splits, sorted
+data_dir/train/<class>/any/depth.jpg    labels are the classes' places among those of the training split, sorted
 data_dir/train/any.jpg                  no labels
 
 With `data.mask`, another folder has a label map for each image: <data.mask>/train/<class>/any/depth.png
@@ -33,12 +33,14 @@ class Folder:
     """One split or a slice of it: sorted files, read by path; `data.sources.Source` has what the methods mean.
 
     Attributes:
+      root: data_dir.
       paths: str (n,).
-      labels: int64 (n,), -1 without classes.
+      labels: int64 (n,), -1 without classes. Classes that the training split lacks come after its own.
       masks: paths of the label maps, str (n,); None without.
       classes: names of those in the split, whatever the slice.
     """
 
+    root: str
     paths: np.ndarray
     labels: np.ndarray
     masks: np.ndarray | None = None
@@ -59,8 +61,15 @@ class Folder:
 
     def order(self, part: Part) -> str:
         del part
-        listing = hashlib.sha256(b'\n'.join(map(os.fsencode, self.paths))).hexdigest()[:12]
-        return f'random access, {self.num_examples} files, listing {listing}'
+        return 'random access'
+
+    @property
+    def contents(self) -> str:
+        lines = b'\n'.join(
+            b'%d %s' % (label, os.fsencode(path.removeprefix(self.root)))
+            for label, path in zip(self.labels, self.paths, strict=True)
+        )
+        return f'{self.num_examples} files, listing {hashlib.sha256(lines).hexdigest()[:12]}'
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
         files = {'image': self.paths} | ({} if self.masks is None else {'mask': self.masks})
@@ -81,13 +90,14 @@ class Folder:
         return self.stream(p for p in positions if len(p))
 
 
-def open_folder(root: str, split: str, masks: str = '') -> Folder:
+def open_folder(root: str, split: str, train: str = 'train', masks: str = '') -> Folder:
     """The images of one split, or of a slice of it like 'train[:90%]', sorted by path.
 
     Slices are of a fixed pseudo-random order with the classes in proportion (`order.stratified`), since by path the
     first images are all of one class.
 
     Args:
+      train: the split that numbers the classes, in alphabetical order; those that it lacks come after.
       masks: a folder of label maps, or ''.
 
     Raises:
@@ -103,7 +113,12 @@ def open_folder(root: str, split: str, masks: str = '') -> Folder:
             'name them'
         )
     name, part = found
-    paths, labels, classes, skipped = splits[name]
+    paths, places, classes, skipped = splits[name]
+    first = split_range(train, {name: len(s.paths) for name, s in splits.items()})
+    own = splits[first[0]].classes if first else ()
+    others = sorted({c for s in splits.values() for c in s.classes} - set(own))
+    number = {c: i for i, c in enumerate([*own, *others])}
+    labels = np.array([*(number[c] for c in classes), -1], np.int64)[places]
     chosen = np.sort(stratified(labels)[part])
     if not len(chosen):
         raise UserError(
@@ -116,7 +131,7 @@ def open_folder(root: str, split: str, masks: str = '') -> Folder:
         )
     _announce(root, name)
     maps = _masks(root, paths[chosen], masks) if masks else None
-    return Folder(paths[chosen], labels[chosen], maps, frozenset(classes))
+    return Folder(root.rstrip('/'), paths[chosen], labels[chosen], maps, frozenset(classes))
 
 
 def _masks(root: str, paths: np.ndarray, masks: str) -> np.ndarray:
@@ -137,13 +152,14 @@ class _Split(NamedTuple):
     """What lies in the folder of a split.
 
     Attributes:
-      paths, labels: as in `Folder`.
-      classes: names of those with an image.
+      paths: as in `Folder`.
+      places: int64 (n,), of each image's class among `classes`; -1 without.
+      classes: names of those with an image, sorted.
       skipped: files that are no images, in words.
     """
 
     paths: np.ndarray
-    labels: np.ndarray
+    places: np.ndarray
     classes: Sequence[str]
     skipped: str
 
@@ -168,17 +184,14 @@ def _listing(root: str) -> dict[str, _Split]:
                 here.append((f'{folder}/{name}', group))
             else:
                 rest.setdefault(group, collections.Counter())[os.path.splitext(name)[1] or 'without a suffix'] += 1
-    classes = sorted({group for found in images.values() for _, group in found if group})
-    number = {'': -1} | {c: i for i, c in enumerate(classes)}
-    return {
-        split: _Split(
-            np.array([p for p, _ in found], object),
-            np.array([number[g] for _, g in found], np.int64),
-            sorted({g for _, g in found if g}),
-            _skipped(others[split], {g for _, g in found if g}),
-        )
-        for split, found in ((s, sorted(i)) for s, i in sorted(images.items()))
-    }
+    out = {}
+    for split, found in sorted(images.items()):
+        found.sort()
+        classes = sorted({group for _, group in found if group})
+        place = {'': -1} | {c: i for i, c in enumerate(classes)}
+        paths, places = np.array([p for p, _ in found], object), np.array([place[g] for _, g in found], np.int64)
+        out[split] = _Split(paths, places, classes, _skipped(others[split], set(classes)))
+    return out
 
 
 def _skipped(others: Mapping[str, collections.Counter], classes: set[str]) -> str:

@@ -46,7 +46,9 @@ def _decoded(path, channels) -> np.ndarray:
     try:
         with Image.open(path) as file:
             return _converted(file, channels, path)
-    except (OSError, SyntaxError, ValueError) as e:  # what PIL raises for missing, foreign and truncated files
+    except UserError:
+        raise
+    except Exception as e:  # PIL raises several kinds for missing, foreign, truncated and huge files
         raise UserError(f'cannot decode {path}: {e}') from e
 
 

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from mto_jax.data import folder
 from mto_jax.data.order import subset
 from mto_jax.errors import UserError
+from mto_jax.runtime.log import say
 from mto_jax.runtime.parallel import Part
 
 # TensorFlow feeds the host pipeline only; the accelerator is jax's.
@@ -51,6 +52,10 @@ class Source(Protocol):
 
     def order(self, part: Part) -> str:
         """What the order of examples depends on besides the seed, as text for a checkpoint."""
+
+    @property
+    def contents(self) -> str:
+        """What tells its examples and labels from other ones, wherever they lie, as text for a checkpoint."""
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
         """Examples at the given positions, one array of them at a time. Random access only."""
@@ -94,8 +99,13 @@ class Tfds:
         return self.builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
     def order(self, part: Part) -> str:
-        how = 'random access' if self.random_access else f'sequential, in {part.shares} share(s)'
-        return f'{how}, {self.builder.info.full_name}, {self.num_examples} examples'
+        return 'random access' if self.random_access else f'sequential, in {part.shares} share(s)'
+
+    @property
+    def contents(self) -> str:
+        info = self.builder.info
+        size = sum(split.num_bytes for split in info.splits.values())
+        return f'{self.num_examples} examples of {info.full_name}, {size} bytes'
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
         records = self.builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
@@ -164,7 +174,7 @@ def open_source(data, split: str) -> Source:
     if data.channels not in (1, 3, 4):
         raise UserError(f'data.channels is {data.channels}; images are decoded to one of 1, 3 or 4 channels')
     if data.name == folder.NAME:
-        return folder.open_folder(data.data_dir, split, data.mask)
+        return folder.open_folder(data.data_dir, split, data.train_split, data.mask)
     source = _open_tfds(data, split)
     if data.on_error == 'replace' and not source.random_access:
         raise UserError(
@@ -206,6 +216,11 @@ def require_labels(data, task: str, train: str, *splits: str) -> None:
             raise UserError(
                 f'data.num_classes is {data.num_classes}; {split} has {classes} classes: set '
                 f'--config.data.num_classes={classes}'
+            )
+        if source.num_classes and split == train and classes < data.num_classes:
+            say(
+                f'data.num_classes is {data.num_classes}; {split} has {classes} classes, and the others are never '
+                f'seen: --config.data.num_classes={classes} leaves them out'
             )
         there = getattr(source, 'classes', frozenset())
         known = there if known is None else known

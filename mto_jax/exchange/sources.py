@@ -18,7 +18,7 @@ from mto_jax.exchange.model import Weights, flat, nested
 from mto_jax.masking import num_visible
 from mto_jax.models import vit
 
-HEADS = {width: heads for _, width, heads in vit.SIZES.values()}  # by width, of the standard sizes
+HEADS = {width: heads for _, width, heads in (vit.SIZES[size] for size in ('ti', 's', 'b', 'l', 'h'))}  # by width
 SETTINGS = {
     'layer_norm_eps': 'norm_eps',
     'num_attention_heads': 'heads',
@@ -149,7 +149,7 @@ def _kind(arrays, config, given):
             f'the weights belong to no known family ({", ".join(tables.TABLES)}); the first of '
             f'{len(arrays)} names: {first}'
         )
-    if given and given != found and (given, found) not in (('timm_vit', 'mae'),):
+    if given and given != found and (given, found) not in (('mae', 'timm_vit'),):
         raise UserError(f'kind is {given!r}, but the names are those of {found!r}')
     return found
 
@@ -305,7 +305,7 @@ class _Reading:
         """The kind of positions: one that is computed where the stored table is that."""
         name = self.prefix + self.style.pos
         if name not in self.arrays:
-            if self.style.table and self.kind != 'timm_vit':
+            if self.style.table:
                 raise UserError(f'{name} is missing')
             return 'none'
         table, grid = self.array(self.style.pos, 3), tuple(n // m.patch_size for n in image_size)

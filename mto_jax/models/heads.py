@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 from mto_jax.models.layers import BatchNorm, layer_norm
 
-PROBES = ('linear', 'attentive', 'dense')
-
 
 class Head(nn.Module):
     """From tokens to logits, for an encoder that is trained with it.
@@ -45,7 +43,8 @@ class Probe(nn.Module):
       kind: 'linear': of the pooled token (He et al., arXiv 2111.06377, A.1); 'attentive': of what one learned query
         gathers from all tokens by multi-head cross-attention (AIM, arXiv 2401.08541, 3.3); 'dense': of each patch.
       num_classes, num_prefix: as in `Head`.
-      pool: 'class' or 'mean', for 'linear'.
+      pool: for 'linear': 'class', 'mean', or 'fc_norm', that mean after a norm without scale and shift, as BootMAE's
+        official probe has it.
       heads: of the attention, for 'attentive'.
     """
 
@@ -65,7 +64,9 @@ class Probe(nn.Module):
           group, running: as for `BatchNorm`.
         """
         if self.kind == 'linear':
-            tokens = pooled(tokens, self.num_prefix, self.pool)[:, None]
+            tokens = pooled(tokens, self.num_prefix, 'class' if self.pool == 'class' else 'mean')[:, None]
+            if self.pool == 'fc_norm':
+                tokens = nn.LayerNorm(1e-6, use_bias=False, use_scale=False, name='fc_norm')(tokens)
         elif self.kind == 'dense':
             tokens = tokens[:, self.num_prefix :]
         x, moments = BatchNorm(affine=False, eps=1e-6, name='norm')(tokens, group, running)

@@ -95,14 +95,16 @@ def require_same(workdir: epath.Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def require_free(path: epath.Path, checkpoint: str) -> None:
-    """Raises UserError where `path` has the result of an evaluation of another checkpoint than this one."""
-    other = read_json(path).get('checkpoint') if path.exists() else checkpoint
-    if other != checkpoint:
-        raise UserError(
-            f'{path} has the result of another checkpoint, {other}; this one is {checkpoint}: choose another '
-            '--workdir, or move the file away'
-        )
+def require_free(path: epath.Path, evaluated: Mapping[str, Any]) -> None:
+    """Raises UserError where `path` has the result of an evaluation of anything else: `{name: value}` of what it says
+    with the result."""
+    there = read_json(path) if path.exists() else {}
+    for name, value in evaluated.items():
+        if (other := there.get(name, value)) != value:
+            raise UserError(
+                f'{path} has the result of another {name}, {other!r}; this one is {value!r}: choose another --workdir, '
+                'or move the file away'
+            )
 
 
 def record(workdir: epath.Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:

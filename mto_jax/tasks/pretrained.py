@@ -142,3 +142,8 @@ def merged(saved: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
             f'the config of an evaluation (configs/knn.py, linear.py, finetune.py, ...); what can be set is {settable}'
         )
     return nested({n: f.default for n, f in FIELDS.items()} | there | {n: given[n] for n in free})
+
+
+def evaluated(config: ConfigDict) -> dict[str, str]:
+    """What a result is of: the checkpoint, the split and where the images lie."""
+    return {'checkpoint': config.checkpoint, 'split': config.data.test_split, 'data_dir': config.data.data_dir}

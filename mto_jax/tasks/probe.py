@@ -34,11 +34,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     path = epath.Path(workdir) / f'{config.task}.json'
 
     def require(start):
-        encoders(start)
-        require_free(path, start.config.checkpoint)
         data = start.config.data
-        probes.eval_part(start.config.eval.batch_size, mesh)
-        sources.require_labels(data, config.task, data.train_split, data.test_split)
+        with hosts.together():
+            encoders(start)
+            require_free(path, pretrained.evaluated(start.config))
+            probes.eval_part(start.config.eval.batch_size, mesh)
+            sources.require_labels(data, config.task, data.train_split, data.test_split)
 
     start, params = pretrained.find(config, mesh, require)
     c, split = start.config, start.config.data.test_split
@@ -56,7 +57,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     if len(depths) > 1:
         out |= {f'{name}_depth{d}': value for d, row in each.items() for name, value in row.items()}
         out['best_depth'] = best
-    out |= {'step': int(epath.Path(c.checkpoint).name), 'checkpoint': c.checkpoint, 'split': split}
+    out |= {'step': int(epath.Path(c.checkpoint).name)} | pretrained.evaluated(c)
     if hosts.is_first():
         write(path, json.dumps(out, indent=2) + '\n')
     for name, value in out.items():

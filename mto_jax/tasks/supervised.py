@@ -18,7 +18,7 @@ from mto_jax.evals import probes
 from mto_jax.models import heads
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import described, say
-from mto_jax.runtime.workdir import require_free, write
+from mto_jax.runtime.workdir import read_json, require_free, write
 from mto_jax.tasks import pretrained, train
 from mto_jax.tasks.pretrained import Pretrained
 from mto_jax.training import classify, job, schedules, train_state
@@ -40,12 +40,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     planned = plan(config)
     c = planned.config
     path = workdir / f'{c.task}.json'
-    if not c.resume_anyway:
-        require_free(path, c.checkpoint)
+    with hosts.together():
+        _require_begun(workdir, c)
+        if not c.resume_anyway:
+            require_free(path, pretrained.evaluated(c))
     state = train.run(planned, workdir)
     with jax.set_mesh(planned.mesh):
         found = scores(planned.job, state, c, planned.mesh, c.data.test_split)
-    out = found | {'step': int(state.step), 'split': c.data.test_split, 'checkpoint': c.checkpoint}
+    out = found | {'step': int(state.step)} | pretrained.evaluated(c)
     if hosts.is_first():
         write(path, json.dumps(out, indent=2) + '\n')
     train.show(workdir, {f'{c.task} of {c.checkpoint}': [found]})
@@ -86,6 +88,17 @@ def plan(config: ConfigDict) -> train.Plan:
         partial(_watches, c, training, mesh, interval),
         partial(_fresh, start, training, mesh),
     )
+
+
+def _require_begun(workdir, config) -> None:
+    """Raises UserError where the run in `workdir` began with another checkpoint's weights."""
+    path = workdir / 'config.json'
+    began = read_json(path).get('checkpoint') if path.exists() else None
+    if began and began != config.checkpoint:
+        raise UserError(
+            f'{workdir} holds a {config.task} of {began}, and checkpoint is {config.checkpoint} now. Resume it with '
+            f'--config.checkpoint={began} --workdir={workdir}, or choose another --workdir'
+        )
 
 
 def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:

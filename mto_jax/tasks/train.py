@@ -86,7 +86,8 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
     config, mesh, job = plan.config, plan.mesh, plan.job
     profile.check(config.profile_steps, job.total)
     part = parallel.local_part(config.batch_size, mesh)
-    about = environment.describe(mesh) | {'order': plan.source.order(part), 'steps_per_epoch': job.per_epoch}
+    data = {'order': plan.source.order(part), 'images': plan.source.contents, 'steps_per_epoch': job.per_epoch}
+    about = environment.describe(mesh) | data
     hosts.agree(about | {'config': {k: v for k, v in config.to_dict().items() if k != 'hosts'}})
     entries = job.shapes.model_state
     with (
@@ -100,6 +101,7 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
         saver.keep_constants(job.objective.constants)
         state, before = begin(config, job, job.sharding(mesh), saver, plan.fresh)
         start = int(state.step)
+        _require_images(config, before or {}, about)
         # Not earlier: a config that does not fit the checkpoint must not replace the one that does.
         with hosts.together():
             if hosts.is_first():
@@ -132,6 +134,16 @@ def _require_own(config, workdir, saver) -> None:
         saver.require_current(saver.latest())
     with hosts.together():
         require_same(workdir, config.to_dict())
+
+
+def _require_images(config, before, now) -> None:
+    """Raises UserError where a checkpoint was trained on other images, or on other labels of them."""
+    there = before.get('images', now['images'])  # an older checkpoint does not say
+    if there != now['images'] and not config.resume_anyway:
+        raise UserError(
+            f'data: the checkpoint was trained on {there}; {config.data.train_split!r} has {now["images"]} now. Give '
+            'the images it had, choose another --workdir, or go on with these: --config.resume_anyway=True'
+        )
 
 
 def _announce(plan, state, start) -> None:

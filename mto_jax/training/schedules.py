@@ -30,8 +30,9 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
 
     The peak is `base_lr * batch_size / lr_reference`, or `base_lr` where `lr_reference` is 0. A warm-up of W steps
     begins at step 0 with `warmup_lr`, scaled in the same way, and reaches the peak at step W, the first after it, or at
-    W - 1, its last, where `warmup_inclusive` is set. The cosine begins at step W; it would reach `min_lr`, which is
-    never scaled, at `total_steps`, one step after the last update.
+    W - 1, its last, where `warmup_inclusive` is set. The cosine begins at step W; where `warmup_prefix` is False, as in
+    timm, at step 0, behind the warm-up. It would reach `min_lr`, which is never scaled, at `total_steps`, a step after
+    the last update.
 
     Raises:
       UserError: for a run without steps, an unknown schedule, a warm-up that is not shorter than the training, or
@@ -56,7 +57,12 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
                 f'optim.min_lr is {optim.min_lr!r}; it must be at most the peak, {peak:g} (base_lr * batch_size / '
                 'lr_reference): lower --config.optim.min_lr, or raise --config.optim.base_lr'
             )
-        after = optax.cosine_decay_schedule(peak, total_steps - warmup, optim.min_lr / peak if peak else 0.0)
+        hidden = 0 if optim.warmup_prefix else warmup  # steps of the cosine that the warm-up stands for
+        cosine = optax.cosine_decay_schedule(peak, total_steps - warmup + hidden, optim.min_lr / peak if peak else 0.0)
+
+        def after(step):
+            return cosine(step + hidden)
+
     elif optim.schedule == 'multistep':
         bounds = {to_steps(e, steps_per_epoch) - warmup: optim.decay_factor for e in optim.decay_epochs}
         epochs = total_steps / steps_per_epoch

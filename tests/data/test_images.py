@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -377,9 +378,9 @@ def test_nothing_decodes(tmp_path):
 
 
 def test_folder_labels_and_slices(tmp_path):
-    """Classes are numbered over all splits; deeper folders belong to theirs; another listing is another order."""
+    """Classes are numbered by the training split, then others; deeper folders belong to theirs."""
     one = jpeg(photo(0).resize((20, 20)))
-    for path in ('train/b/1.jpg', 'train/a/deep/2.JPG', 'val/c/3.jpeg', 'train/b/0.png', 'train/b/notes.txt'):
+    for path in ('train/b/1.jpg', 'train/a/deep/2.JPG', 'val/A/3.jpeg', 'train/b/0.png', 'train/b/notes.txt'):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(one)
     train = folder.open_folder(str(tmp_path), 'train')
@@ -393,7 +394,12 @@ def test_folder_labels_and_slices(tmp_path):
     kept = folder.open_folder(str(tmp_path), 'train[1:]').paths.tolist()
     assert sorted(kept + folder.open_folder(str(tmp_path), 'train[:1]').paths.tolist()) == train.paths.tolist()
     assert kept == sorted(kept)
-    assert train.order(None) != folder.open_folder(str(tmp_path), 'train[1:]').order(None)
+    # Another listing, or other labels of it, are other images; where they lie does not matter.
+    assert train.contents != folder.open_folder(str(tmp_path), 'train[1:]').contents
+    assert train.contents == folder.open_folder(f'{tmp_path}/', 'train').contents
+    shutil.copytree(tmp_path, tmp_path.parent / 'elsewhere')
+    assert train.contents == folder.open_folder(str(tmp_path.parent / 'elsewhere'), 'train').contents
+    assert train.contents != folder.open_folder(str(tmp_path), 'train', 'val').contents
     (tmp_path / 'bare').mkdir()
     folder._listing.cache_clear()
     for split, word in (('test', 'are bare, train, val'), ('train[3:]', 'holds no image'), ('bare', 'holds no image')):

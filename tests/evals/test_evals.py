@@ -443,9 +443,12 @@ def test_results_of_evaluations_are_kept_apart(trained, tmp_path, monkeypatch):
     kept.parent.mkdir()
     kept.write_text(json.dumps({'checkpoint': str(other)}))
     monkeypatch.setattr(features, 'collect', lambda *_: pytest.fail('it began to work'))
-    with pytest.raises(UserError, match=rf'{kept} has the result of another checkpoint, {other}; .*--workdir'):
+    with pytest.raises(UserError, match=rf"{kept} has the result of another checkpoint, '{other}'; .*--workdir"):
         tasks.run(evaluation(trained), kept.parent)
     assert json.loads(kept.read_text()) == {'checkpoint': str(other)}
+    kept.write_text(json.dumps({'checkpoint': str(trained.resolve() / 'checkpoints/2'), 'data_dir': 'fold1'}))
+    with pytest.raises(UserError, match=rf"{kept} has the result of another data_dir, 'fold1'; this one is"):
+        tasks.run(evaluation(trained), kept.parent)
 
 
 def test_the_best_of_several_depths_is_named(trained, tmp_path):

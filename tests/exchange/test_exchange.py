@@ -176,9 +176,13 @@ def test_shapes_and_hints(rng, tmp_path):
     made.assert_same(first, back)
     assert back.config.data.to_dict() | {'crop': ''} == first.config.data.to_dict() | {'crop': ''}
     assert (back.config.model.norm_eps, int(back.config.model.mlp_ratio * 32)) == (1e-3, 83)
-    standard = made.encoder(rng, model__width=64, model__heads=4)
+    standard = made.encoder(rng, model__width=192, model__heads=3)
     path = file(tmp_path / 'y.safetensors', arrays(standard, 'timm_vit'))
-    assert exchange.read(path).config.model.heads == 4
+    assert exchange.read(path).config.model.heads == 3
+    # 64 is the width of `nano` alone, which is this project's own.
+    other = file(tmp_path / 'z.safetensors', arrays(made.encoder(rng, model__width=64, model__heads=4), 'timm_vit'))
+    with pytest.raises(UserError, match='heads cannot be read from a width of 64'):
+        exchange.read(other)
     with pytest.raises(UserError, match='image size cannot be read'):
         exchange.read(tmp_path / 'x.safetensors', heads=4)
 

@@ -39,6 +39,16 @@ def test_from_a_checkpoint_to_accuracy(config, pretrained, tmp_path, capsys):
     check_resumed(config, whole, part, out, capsys)
 
 
+def test_it_keeps_the_checkpoint_it_began_with(config, pretrained, tmp_path):
+    """Also where `resume_anyway` allows other fields to differ, and the pre-training has gone on."""
+    (tmp_path / 'config.json').write_text(json.dumps({'checkpoint': f'{pretrained}/checkpoints/1'}))
+    config.resume_anyway = True
+    with pytest.raises(
+        UserError, match=rf'holds a finetune of {pretrained}/checkpoints/1, and .* is {pretrained}/.*/2 '
+    ):
+        tasks.run(config, tmp_path)
+
+
 def test_its_own_checkpoint_is_no_pretrained_one(config, tmp_path):
     config.epochs, config.optim.warmup_epochs, config.classify.from_scratch = 0.25, 0.0, True
     tasks.run(config, tmp_path / 'run')

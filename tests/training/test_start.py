@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
+from mto_jax.data import sources
 from mto_jax.errors import UserError
 from mto_jax.runtime.log import read_history
 from mto_jax.studies import study
@@ -99,6 +100,20 @@ def test_other_images_in_the_same_place_are_refused(finished, tmp_path, monkeypa
     monkeypatch.setattr(checkpoint.Checkpointer, 'about', lambda *a: about(*a) | {'steps_per_epoch': 8})
     with pytest.raises(UserError, match=r'is after 0\.5 epochs of 8 steps; with other images in the same place an'):
         pretrain.run(c, tmp_path)
+
+
+def test_images_that_were_replaced_are_refused(finished, tmp_path, monkeypatch, capsys):
+    """As many as there were."""
+    config, workdir, whole = finished
+    c = fresh(config)
+    c.resume_from = str(workdir / 'checkpoints' / '4')
+    monkeypatch.setattr(sources.Tfds, 'contents', '130 others')
+    with pytest.raises(UserError, match=r"was trained on 130 examples of .*; 'train\[:130\]' has 130 others now"):
+        pretrain.run(c, tmp_path)
+    assert not (tmp_path / 'config.json').exists()
+    c.resume_anyway = True
+    assert int(pretrain.run(c, tmp_path).step) == int(whole.step)
+    assert 'images: 130 examples of' in capsys.readouterr().out
 
 
 def test_a_finished_run_goes_on_at_the_rate_where_it_ended(finished, tmp_path):

@@ -213,6 +213,18 @@ def test_cosine_schedule_by_hand(config):
     assert float(f(50)) == pytest.approx(1e-5, rel=1e-4)
 
 
+def test_cosine_that_runs_behind_the_warmup(config):
+    """timm's, at t steps of T and W of warm-up: min + (peak - min) (1 + cos(pi t / T)) / 2 from W on. Its rates for
+    microsoft/SimMIM's fine-tuning, as shares of the peak: .905 after the warm-up of a fifth."""
+    o = config.optim
+    o.base_lr, o.lr_reference, o.warmup_epochs, o.min_lr, o.warmup_prefix = 1e-3, 0, 20.0, 1e-5, False
+    f = schedules.learning_rate(o, 512, 1000, 10)
+    want = {t: 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * t / 1000)) / 2 for t in (200, 500, 777, 1000)}
+    want |= {0: 0.0, 100: 5e-4, 199: 9.95e-4}
+    assert [float(f(t)) for t in want] == pytest.approx(list(want.values()), rel=1e-4, abs=1e-9)
+    assert (want[200] - 1e-5) / (1e-3 - 1e-5) == pytest.approx(0.905, abs=5e-4)
+
+
 def test_multistep_schedule_by_hand(config):
     o = config.optim
     o.base_lr, o.lr_reference, o.warmup_epochs = 1e-3, 512, 1.0
