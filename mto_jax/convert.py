@@ -38,9 +38,16 @@ def _convert(source, to, target, part, teacher, key, **hints) -> str:
     files.require_new(to)
     is_run = runs.is_run(source)
     if is_run and not target:
-        raise UserError(f'{source} is already a run of mto_jax; to export it, give --target=huggingface or timm')
+        raise UserError(f'{source} is already a run of mto_jax; to export it, give --target=huggingface, timm or mae')
     if is_run and (given := [name for name, value in hints.items() if value is not None]):
         raise UserError(f'--{given[0]} is for foreign files; {source} is a run, whose config says it')
+    for flag, given, what in (
+        ('--teacher', teacher and not is_run, 'a workdir'),
+        ('--key', key and is_run, 'a .pth file'),
+        ('--part', part != 'all' and not target, 'an export (--target)'),
+    ):
+        if given:
+            raise UserError(f'{flag} is for {what}; leave it out')
     if is_run:
         weights, source = runs.load(source, teacher)
     else:

@@ -110,7 +110,7 @@ def open_folder(root: str, split: str, train: str = 'train', masks: str = '') ->
         raise UserError(
             f'data: {root} has no split {split!r}; its folders are {", ".join(splits) or "none"}. Each is a split that '
             'holds the class folders, as in train/<class>/*.jpg; --config.data.train_split, val_split and test_split '
-            'name them'
+            'name them, or slices of them: train[:90%], train[100:]'
         )
     name, part = found
     paths, places, classes, skipped = splits[name]

@@ -7,7 +7,7 @@ import numpy as np
 
 from mto_jax.errors import UserError
 
-_SPLIT = re.compile(r'(?P<name>[\w.\-]+)(\[(?P<start>(\d+%?)?):(?P<stop>(\d+%?)?)\])?')
+_SPLIT = re.compile(r'(?P<name>[^\[\]]+)(\[(?P<start>(\d+%?)?):(?P<stop>(\d+%?)?)\])?')
 
 
 def split_range(split: str, sizes: Mapping[str, int]) -> tuple[str, slice] | None:

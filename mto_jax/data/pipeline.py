@@ -369,7 +369,7 @@ def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, i
         if data.on_error == 'raise':
             raise UserError(
                 f'data: cannot decode {name}: {problem}. --check lists all such images; '
-                '--config.data.on_error=replace goes on with the next one in its place'
+                '--config.data.on_error=replace goes on without it'
             )
         for away in range(1, source.num_examples):
             other = (int(positions[row]) + away) % source.num_examples
@@ -379,7 +379,7 @@ def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, i
         else:
             raise UserError(f'data: no image can be decoded; {name}: {problem}')
         out[row] = other
-        print(f'data: replaced {name}: {problem}', file=sys.stderr, flush=True)
+        print(f'data: left out {name}: {problem}', file=sys.stderr, flush=True)
     if not out:
         raise error
     return out

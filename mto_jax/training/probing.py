@@ -1,6 +1,7 @@
 """Probes as an objective: heads on a frozen encoder, one for each depth at which its tokens are taken.
 
-The heads share only batches and the encoder's forward pass: each learns as it would alone.
+The heads share only batches and the encoder's forward pass: each learns as it would alone, unless
+`optim.clip_norm` is set, which is of all of them.
 """
 
 import dataclasses

@@ -362,7 +362,7 @@ def test_files_that_cannot_be_opened(tmp_path, capfd):
     capfd.readouterr()
     assert len(next(pipeline.train_batches(source, c.data, 9, 0, 0, 1))['label']) == 9
     shown = capfd.readouterr().err
-    assert all(name in shown for name in ('replaced', 'gone.jpg', r'b\xe9d.jpg'))
+    assert all(name in shown for name in ('left out', 'gone.jpg', r'b\xe9d.jpg'))
     (batch,) = pipeline.eval_batches(source, c.data, 9)
     assert batch['valid'].sum() == 7
 

@@ -335,6 +335,8 @@ def test_other_things_are_refused(rng, tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, good, r"kind is 'simmim', but the names are those of 'timm_vit'", '--kind=simmim')
     refused(capsys, tmp_path, good, r'mean has 2 values', '--heads=4', '--mean=0.5,0.5')
     refused(capsys, tmp_path, good, r'unrecognized arguments: --size=3; --help', '--size=3')
+    refused(capsys, tmp_path, good, '--teacher is for a workdir', '--heads=4', '--teacher')
+    refused(capsys, tmp_path, good, '--part is for an export', '--heads=4', '--part=encoder')
     refused(capsys, tmp_path, good, r"target is 'keras'", '--heads=4', '--target=keras')
     (tmp_path / 'index').mkdir()
     files.save_json(tmp_path / 'index' / files.INDEX, {'weight_map': {'a': '../x.safetensors'}})
@@ -476,6 +478,7 @@ def test_a_fine_tuned_run(pretrained, tmp_path, capsys):  # noqa: F811
     refused(capsys, tmp_path, tmp_path / 'tuned', 'a head on the mean of the patches', '--target=huggingface')
     refused(capsys, tmp_path, pretrained, 'has no teacher', '--target=timm', '--teacher')
     refused(capsys, tmp_path, pretrained, '--heads is for foreign files', '--target=timm', '--heads=2')
+    refused(capsys, tmp_path, pretrained, '--key is for a .pth file', '--target=timm', '--key=model')
 
 
 def test_an_encoder_is_not_pretrained(rng, tmp_path, config):
