@@ -203,7 +203,7 @@ FIELDS: dict[str, Field] = {
     'model.mask_token_scale': shapes(1.0),  # factor of the mask token's initial value
     'model.mask_token_norm': shapes(0.0, at_least(0)),  # its fixed length; 0: free
     # of matrix products, and of the residual stream unless residual_dtype names another; parameters stay float32. Not
-    # float16, in which gradients underflow: a loss per masked value is divided by all of the batch's
+    # float16: the gradient of one predicted value, a share of the batch's mean, is 0 in it
     'model.dtype': shapes('bfloat16', one_of('float32', 'bfloat16'), trains=True),
     'model.residual_dtype': shapes('', one_of('', 'float32', 'bfloat16')),
     'model.remat': shapes(False, trains=True),
