@@ -96,8 +96,9 @@ def test_no_room_for_a_checkpoint(tmp_path):
     limited += "runpy.run_path('main.py', run_name='__main__')"
     out = run('-c', limited, 'main.py', *SMALL, f'--workdir={tmp_path}/w')
     assert out.returncode == 75
-    (line,) = out.stderr.splitlines()
-    assert re.match(rf'error: a checkpoint could not be saved in {tmp_path}/w/checkpoints .*Free some space', line)
+    assert len(out.stderr.splitlines()) == 1, out.stderr
+    words = rf'error: a checkpoint could not be saved in {tmp_path}/w/checkpoints .*Free some space'
+    assert re.match(words, out.stderr)
 
 
 def test_output_that_is_closed(tmp_path):

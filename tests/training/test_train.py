@@ -545,7 +545,6 @@ def test_deterministic_from_python_too(config, monkeypatch):
     assert os.environ['XLA_FLAGS'].split() == [*before.split(), '--xla_gpu_deterministic_ops=true']
 
 
-@pytest.mark.pictures
 def test_what_was_waited_before_the_clock_started_is_not_counted():
     class Slow:
         pending = 5.0  # its first batches
@@ -577,6 +576,7 @@ def test_threads_without_affinity(monkeypatch):
     assert environment.cpu_threads() == os.cpu_count()
 
 
+@pytest.mark.pictures
 def test_pictures_and_metrics(config, tmp_path):
     config.eval.every_epochs, config.diagnose_every = 1.0, 4
     pretrain.run(config, tmp_path)
