@@ -105,7 +105,8 @@ def open_folder(root: str, split: str, train: str = 'train', masks: str = '') ->
         or only some images lie in class folders.
     """
     splits = _listing(root)
-    found = split_range(split, {name: len(s.paths) for name, s in splits.items()})
+    sizes = {name: len(s.paths) for name, s in splits.items()}
+    found = split_range(split, sizes)
     if not found:
         raise UserError(
             f'data: {root} has no split {split!r}; its folders are {", ".join(splits) or "none"}. Each is a split that '
@@ -114,7 +115,7 @@ def open_folder(root: str, split: str, train: str = 'train', masks: str = '') ->
         )
     name, part = found
     paths, places, classes, skipped = splits[name]
-    first = split_range(train, {name: len(s.paths) for name, s in splits.items()})
+    first = split_range(train, sizes)
     own = splits[first[0]].classes if first else ()
     others = sorted({c for s in splits.values() for c in s.classes} - set(own))
     number = {c: i for i, c in enumerate([*own, *others])}

@@ -149,7 +149,7 @@ def _kind(arrays, config, given):
             f'the weights belong to no known family ({", ".join(tables.TABLES)}); the first of '
             f'{len(arrays)} names: {first}'
         )
-    if given and given != found and (given, found) not in (('mae', 'timm_vit'),):
+    if given and given != found and (given, found) != ('mae', 'timm_vit'):  # of its encoder alone
         raise UserError(f'kind is {given!r}, but the names are those of {found!r}')
     return found
 

@@ -30,7 +30,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Tokens (B, P + N, D) to float32 logits (B, classes)."""
-        x = pooled(tokens, self.num_prefix, 'class' if self.pool == 'class' else 'mean')
+        x = pooled(tokens, self.num_prefix, self.pool)
         if self.pool == 'fc_norm':
             x = layer_norm('fc_norm', self.norm_eps)(x)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(self.scale), name='linear')(x)
@@ -43,7 +43,7 @@ class Probe(nn.Module):
       kind: 'linear': of the pooled token (He et al., arXiv 2111.06377, A.1); 'attentive': of what one learned query
         gathers from all tokens by multi-head cross-attention (AIM, arXiv 2401.08541, 3.3); 'dense': of each patch.
       num_classes, num_prefix: as in `Head`.
-      pool: for 'linear': 'class', 'mean', or 'fc_norm', that mean after a norm without scale and shift, as BootMAE's
+      pool: for 'linear': 'class', 'mean', or 'fc_norm', that mean and then a norm without scale and shift, as BootMAE's
         official probe has it.
       heads: of the attention, for 'attentive'.
     """
@@ -64,7 +64,7 @@ class Probe(nn.Module):
           group, running: as for `BatchNorm`.
         """
         if self.kind == 'linear':
-            tokens = pooled(tokens, self.num_prefix, 'class' if self.pool == 'class' else 'mean')[:, None]
+            tokens = pooled(tokens, self.num_prefix, self.pool)[:, None]
             if self.pool == 'fc_norm':
                 tokens = nn.LayerNorm(1e-6, use_bias=False, use_scale=False, name='fc_norm')(tokens)
         elif self.kind == 'dense':
@@ -100,6 +100,6 @@ class AttentionPool(nn.Module):
 
 
 def pooled(tokens: jax.Array, num_prefix: int, pool: str) -> jax.Array:
-    """One float32 vector (B, D) of tokens (B, P + N, D): the class token, or the mean of the patches."""
+    """One float32 vector (B, D) of tokens (B, P + N, D): the class token for 'class', else the mean of the patches."""
     tokens = tokens.astype(jnp.float32)
     return tokens[:, 0] if pool == 'class' else tokens[:, num_prefix:].mean(1)

@@ -115,9 +115,10 @@ def fit(
     record = record or Record()
     events = [record.logs, record.saves, *(w.at for w in watches)]
     meter, step = feed.meter(), start
-    due = [w for w in watches if (not record.seen and (start == total or start in w.at) if start else w.at_start)]
-    for watch in due:
-        record.see(start, watch.look(start, state))
+    for watch in watches:
+        missed = start and not record.seen and (start == total or start in watch.at)
+        if missed or (not start and watch.at_start):
+            record.see(start, watch.look(start, state))
     feed.waited()
     record.restart(start)
     while step < total:
