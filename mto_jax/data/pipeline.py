@@ -70,7 +70,7 @@ def decode(encoded, channels, window=None):
 
     def whole():
         image = tf.cond(
-            jpeg | (tf.strings.substr(encoded, 0, 4) == b'\x89PNG'),
+            jpeg | _is_png(encoded),
             lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
             lambda: tf.numpy_function(_decode_any, [encoded, channels], tf.uint8),
         )
@@ -106,13 +106,20 @@ def _decode_any(encoded: bytes, channels: int) -> np.ndarray:
 
 
 def _size(encoded, channels):
-    """Height and width of an encoded image; a JPEG's are read from its header."""
+    """Height and width of an encoded image; those of a JPEG and a PNG are read from its header."""
 
-    return tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.extract_jpeg_shape(encoded)[:2],
-        lambda: tf.shape(decode(encoded, channels))[:2],
-    )
+    def of_others():
+        return tf.cond(_is_png(encoded), of_png, lambda: tf.shape(decode(encoded, channels))[:2])
+
+    def of_png():  # the first chunk begins with width and height, at byte 16
+        return tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)[::-1]
+
+    return tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.extract_jpeg_shape(encoded)[:2], of_others)
+
+
+def _is_png(encoded):
+    """Whether it begins as a PNG does, with a whole header."""
+    return (tf.strings.substr(encoded, 0, 4) == b'\x89PNG') & (tf.strings.length(encoded) >= 24)
 
 
 def _resize(image, size, method='bicubic'):

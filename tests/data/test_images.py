@@ -236,6 +236,7 @@ def bad_images():
         'empty.jpg': b'',
         'text.jpg': b'not an image',
         'cut.png': png(photo(1))[:5000],
+        'head.png': png(photo(1))[:20],
     }
 
 
@@ -246,6 +247,7 @@ def test_odd_images_decode_as_pil_sees_them(name):
     c = mae_mto.get_config()
     ours = pipeline.decode(encoded, 3).numpy()
     assert ours.shape == (seen.height, seen.width, 3)
+    np.testing.assert_array_equal(pipeline._size(encoded, 3), ours.shape[:2])
     assert psnr(ours, seen) > 30
     for i in range(5):
         assert pipeline.train_image(encoded, tf.constant([0, i], tf.int64), c.data).shape == (224, 224, 3)
@@ -258,11 +260,11 @@ def test_odd_images_decode_as_pil_sees_them(name):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """(config.data, names of the bad): a folder without classes, half good, half odd, four bad."""
+    """(config.data, names of the bad): a folder without classes, nine good, ten odd, five bad."""
     root = tmp_path / 'mixed'
     (root / 'train').mkdir(parents=True)
     files = {n: b for n, (b, _) in odd_images().items()} | bad_images()
-    files |= {f'good{i:02}.jpg': b for i, (b, _) in enumerate(crops(10))}
+    files |= {f'good{i:02}.jpg': b for i, (b, _) in enumerate(crops(9))}
     for name, content in files.items():
         (root / 'train' / name).write_bytes(content)
     (root / 'train' / 'README.txt').write_text('not an image')
@@ -309,11 +311,11 @@ def test_check_lists_what_is_bad(mixed, tmp_path, capsys):
     data, bad = mixed
     c = for_photos(mae_mto.get_config(), data.data_dir, 'folder')
     c.data.val_split = c.data.test_split = 'train'
-    with pytest.raises(UserError, match='4 images cannot be decoded'):
+    with pytest.raises(UserError, match='5 images cannot be decoded'):
         tasks.run(c, tmp_path / 'w', check=True)
     lines = (tmp_path / 'w' / 'unreadable.txt').read_text().splitlines()
     assert sorted(line.split(': ')[0].rsplit('/', 1)[1] for line in lines) == bad
-    assert 'train: 24 images, 4 of them' in capsys.readouterr().out
+    assert 'train: 24 images, 5 of them' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('file_format', ['array_record', 'tfrecord'])
@@ -326,7 +328,7 @@ def test_bad_images_in_tfds(tmp_path, file_format):
     data.image_size = (32, 32)
     source = sources.open_source(data, 'train')
     assert [line.split(':')[0] for line in check.unreadable(source, data)] == [
-        f'example train[{i}]' for i in range(6, 10)
+        f'example train[{i}]' for i in range(6, 11)
     ]
     with pytest.raises(UserError, match=r'train\[\d+\]' if file_format == 'array_record' else 'photos-train'):
         list(pipeline.train_batches(source, data, 8, 0, 0, 2))
