@@ -4,8 +4,8 @@
 
 `:vit_b`, `:vit_l` and `:vit_h` are MAE's recipes; `:simmim_vit_b`, `:bootmae_vit_b`, `:bootmae_vit_l` and
 `:conmim_vit_b` those of the others; `:quickstart` is for a checkpoint of configs/quickstart.py. The architecture, the
-pixels' mean and std and the data come from the checkpoint's config; what is set here, and every training field, from
-here.
+pixels' mean and std, flips and the data come from the checkpoint's config; what is set here, and every other training
+field, from here.
 """
 
 from configs import base

@@ -245,7 +245,7 @@ def load(
     where = epath.Path(path)
     if not where.exists():
         raise UserError(f'path is {str(path)!r}: nothing is there; give a workdir, its checkpoints/<step>, or weights')
-    if where.parent.name != checkpoint.NAME and not (where / checkpoint.NAME).is_dir():
+    if not exchange.runs.is_run(where):
         return _foreign(where, weights, size, hints)
     if hints:
         raise UserError(f'{next(iter(hints))} is given, but {path} is a checkpoint, whose own config specifies it')

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mto_jax.config import EVALUATIONS, PATHS, evaluation, values
+
+LEAVE_AFTER = 20  # seconds that a host which fails waits for the others
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -121,5 +124,12 @@ def _unraisable(found):
 
 def stop(problem: str, code: int = 2):
     """End with one line on stderr."""
-    print(f'error: {problem}', file=sys.stderr)
+    print(f'error: {problem}', file=sys.stderr, flush=True)
+    jax = sys.modules.get('jax')
+    if jax and jax.distributed.is_initialized():
+        # At its end jax waits for the other hosts. Where this one alone fails, they wait for it in their next step:
+        # then jax would abort all of them after five minutes, with a code of its own.
+        last = threading.Timer(LEAVE_AFTER, os._exit, (code,))
+        last.daemon = True
+        last.start()
     sys.exit(code)

@@ -154,7 +154,7 @@ FIELDS: dict[str, Field] = {
     'data.name': shapes('imagenet2012', replaces=True),
     'data.data_dir': shows('', replaces=True),  # '' for TFDS' own default
     'data.train_split': shapes('train', replaces=True),
-    'data.val_split': shows('validation', trains=True),  # watched during development
+    'data.val_split': shows('validation', replaces=True),  # watched during development
     'data.test_split': shows('validation', replaces=True),  # reported by task=knn and task=linear
     # height, width; an evaluation at another size interpolates what the encoder learned per position
     'data.image_size': shapes((224, 224), each(integer(1), 2), replaces=True),
@@ -171,7 +171,7 @@ FIELDS: dict[str, Field] = {
     'data.resize': shapes('host', one_of('host', 'device'), trains=True),
     # shorter side before the centre crop, at least; 0 resizes to image_size, no crop
     'data.eval_resize': shapes(256, at_least(0), replaces=True),
-    'data.flip': shapes(True, trains=True),
+    'data.flip': shapes(True, replaces=True),
     # of training images, after the crop: '' or like 'rand-m9-mstd0.5-inc1'; see data/randaugment.py
     'data.randaugment': shapes('', trains=True),
     # label maps, for dense probes: the name of a TFDS feature; of a folder, the folder that mirrors it with PNGs
@@ -323,7 +323,7 @@ FIELDS: dict[str, Field] = {
     # --- task=probe
     'probe.head': shapes('linear', one_of('linear', 'attentive', 'dense'), own=True),  # see models/heads.py
     'probe.pool': shapes('class', one_of('class', 'mean', 'fc_norm'), own=True),  # what the linear head sees
-    'probe.heads': shapes(12, at_least(1), own=True),  # of the attentive head
+    'probe.heads': shapes(0, at_least(0), own=True),  # of the attentive head; 0: the encoder's
     'probe.group': shapes(512, at_least(1), own=True),  # images per group of batch normalisation
     # --- Fine-tuning of a study's runs
     'finetune.epochs': shows(0.0, at_least(0)),  # 0: no fine-tuning

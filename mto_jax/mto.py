@@ -109,8 +109,8 @@ class Settings:
             if value not in allowed:
                 raise ValueError(f'mto.{field} is {value!r}; it must be one of {", ".join(allowed)}')
         for field in ('w_spa', 'w_e', 'w_r', 'margin'):
-            if getattr(self, field) < 0:
-                raise ValueError(f'mto.{field} is {getattr(self, field)}; it must not be negative')
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f'mto.{field} is {getattr(self, field)}; it must be finite and not negative')
         if not 0 <= self.warmup < 1:
             raise ValueError(f'mto.warmup is {self.warmup}; it must be a fraction of the training, in [0, 1)')
         for field in ('exclude_above', 'exclude_fraction', 'open_until', 'fade_until'):

@@ -44,16 +44,14 @@ def unreadable(source: sources.Source, data, label: str = '') -> list[str]:
     decoded = np.zeros(total, bool)
 
     def decode(position, example):
+        del position
         example = source.read(example)
         maps = pipeline.label_map(example, data, pipeline.decode)
-        # What is returned needs every pixel, so that no decoding is optimised away.
-        image = tf.shape(pipeline.decode(example['image'], data.channels))
-        return position, image, *map(tf.reduce_max, maps.values())
+        return {'image': pipeline.decode(example['image'], data.channels)} | maps
 
-    threads = data.threads or tf.data.AUTOTUNE
-    ds = source.select(everything).enumerate().map(decode, num_parallel_calls=threads, deterministic=True)
+    ds = tf.data.Dataset.zip(tf.data.Dataset.range(total), source.select(everything))
     start_time = shown = time.perf_counter()
-    for position, *_ in ds.ignore_errors().prefetch(1024).as_numpy_iterator():
+    for position in pipeline.whole_ones(ds, decode, data.threads):
         decoded[position] = True
         now = time.perf_counter()
         if now - shown > 10:

@@ -90,11 +90,14 @@ class Folder:
         return self.stream(p for p in positions if len(p))
 
 
+@functools.lru_cache(maxsize=8)
 def open_folder(root: str, split: str, train: str = 'train', masks: str = '') -> Folder:
     """The images of one split, or of a slice of it like 'train[:90%]', sorted by path.
 
     Slices are of a fixed pseudo-random order with the classes in proportion (`order.stratified`), since by path the
     first images are all of one class.
+
+    Kept, as the listing is: TensorFlow never forgets what `Folder.stream` reads from.
 
     Args:
       train: the split that numbers the classes, in alphabetical order; those that it lacks come after.

@@ -291,7 +291,7 @@ def train_batches(
                 step += 1
             step = end
         except UNREADABLE as e:
-            read = zip(rows(step), examples(step)[0].take(len(part.rows)), strict=True)
+            read = partial(_zipped, rows(step), lambda step=step: examples(step)[0])
             stand_ins = {step: _stand_ins(source, prepare, read, next(chosen(step, step + 1)), data, e)}
 
 
@@ -336,7 +336,7 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
                 done += 1
         except UNREADABLE as e:
             failed = rest[done - first]
-            read = zip(failed, source.select([failed]), strict=True)
+            read = partial(_zipped, failed, partial(source.select, [failed]))
             stand_ins = {done: _stand_ins(source, prepare, read, failed, data, e)}
     if len(filled) < count:
         nothing = {
@@ -355,21 +355,29 @@ def _replaced(positions: np.ndarray, stand_ins: Mapping[int, int]) -> np.ndarray
     return positions
 
 
+def _zipped(positions: np.ndarray, examples: Callable[[], tf.data.Dataset]) -> tf.data.Dataset:
+    """The first examples of a dataset, each behind its position."""
+    return tf.data.Dataset.zip(tf.data.Dataset.from_tensor_slices(positions), examples())
+
+
 def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, int]:
     """{row: position of what takes its place} for every row of a batch that cannot be decoded.
 
     Args:
       prepare: what failed for the batch, of (position in the training, example).
-      examples: its arguments, row by row.
+      examples: makes a dataset of its arguments, row by row.
       positions: of the rows' examples in the data set.
       error: what to raise where every row turns out to be fine.
 
     Raises:
       UserError: if `data.on_error` is 'raise', or nothing can be decoded.
     """
-    out = {}
-    for row, (position, example) in enumerate(examples):
-        problem = problem_of(prepare, tf.constant(position, tf.int64), example)
+    out, failed = {}, np.ones(len(positions), bool)
+    for row in whole_ones(examples(), prepare, data.threads):
+        failed[row] = False
+    failed = tf.constant(failed)
+    for row, (position, example) in examples().enumerate().filter(lambda row, _: failed[row]):
+        problem = problem_of(prepare, position, example)
         if not problem:
             continue
         name = name_of(example)
@@ -381,15 +389,27 @@ def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, i
         for away in range(1, source.num_examples):
             other = (int(positions[row]) + away) % source.num_examples
             example = next(iter(source.stream([np.array([other])])))
-            if not problem_of(prepare, tf.constant(position, tf.int64), example):
+            if not problem_of(prepare, position, example):
                 break
         else:
             raise UserError(f'data: no image can be decoded; {name}: {problem}')
-        out[row] = other
+        out[int(row)] = other
         print(f'data: left out {name}: {problem}', file=sys.stderr, flush=True)
     if not out:
         raise error
     return out
+
+
+def whole_ones(examples: tf.data.Dataset, prepare: Callable, threads: int) -> Iterator[int]:
+    """The places of those examples of which `prepare(*example)` can read everything, ascending."""
+
+    def read(place, example):
+        # Every pixel is needed for what is returned, so that no decoding is optimised away.
+        return place, tf.nest.map_structure(tf.reduce_max, prepare(*example))
+
+    ds = examples.enumerate().map(read, num_parallel_calls=threads or tf.data.AUTOTUNE, deterministic=True)
+    for place, _ in ds.ignore_errors().prefetch(1024).as_numpy_iterator():
+        yield int(place)
 
 
 def name_of(example: Mapping[str, tf.Tensor]) -> str:

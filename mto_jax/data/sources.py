@@ -23,6 +23,7 @@ from mto_jax.runtime.parallel import Part
 tf.config.set_visible_devices([], 'GPU')
 
 LOOKED_AT = 64  # labels of a split, where they are checked
+OTHER_FILES = 512  # that a process has open, at most
 
 IMAGENET_STEPS = """\
 ImageNet has to be prepared once (about 300 GB of disk while it runs, 150 GB after):
@@ -108,9 +109,10 @@ class Tfds:
         return f'{self.num_examples} examples of {info.full_name}, {size} bytes'
 
     def stream(self, positions: Iterable[np.ndarray]) -> tf.data.Dataset:
-        records = self.builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-
         def read():
+            # Opened here: TensorFlow never forgets this function, and what it holds would stay open.
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            records = self.builder.as_data_source(self.split, deserialize_method=raw)
             for indices in positions:
                 yield indices, np.array(records.__getitems__(indices.tolist()), object)
 
@@ -232,6 +234,16 @@ def require_labels(data, task: str, train: str, *splits: str) -> None:
             )
 
 
+def require_known(labels: np.ndarray, data) -> None:
+    """Raises UserError where a label, int (n,), that is to be learned or counted is not one of `data.num_classes`."""
+    if len(labels) and not 0 <= labels.min() <= labels.max() < data.num_classes:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise UserError(
+            f'data.num_classes is {data.num_classes}, and an image has the label {wrong}; labels must be 0 to '
+            f'{data.num_classes - 1}: name a labelled split, or set --config.data.num_classes'
+        )
+
+
 def _open_tfds(data, split: str) -> Tfds:
     builder = _builder(data)
     splits = builder.info.splits
@@ -256,7 +268,34 @@ def _open_tfds(data, split: str) -> Tfds:
             f'data.mask is {data.mask!r}; the label maps of {builder.name} are {", ".join(maps) or "none"} '
             f'(features that are images of uint8; it has {", ".join(builder.info.features)})'
         )
-    return Tfds(builder, split, data.shuffle_buffer, data.mask)
+    source = Tfds(builder, split, data.shuffle_buffer, data.mask)
+    _require_files(source)
+    return source
+
+
+def _require_files(source: Tfds) -> None:
+    """Raise this process's limit of open files to what the system allows; ArrayRecord keeps all files of a split open.
+
+    Raises:
+      UserError: where that is not enough.
+    """
+    if not source.random_access:
+        return
+    import resource  # not on Windows, where there is no ArrayRecord
+
+    count = source.builder.info.splits[source.split].num_shards
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * count + OTHER_FILES  # a training and its evaluations read several splits at a time
+    if soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if allowed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < count + OTHER_FILES:
+        raise UserError(
+            f'data: {source.split!r} of {source.builder.name} has {count} files, which are open at the same time, and '
+            f'this process may open {allowed}: raise the limit, ulimit -n {wanted}'
+        )
 
 
 def _builder(data) -> tfds.core.DatasetBuilder:

@@ -16,13 +16,17 @@ from mto_jax.data.order import stratified
 from mto_jax.evals import features
 
 
+def logits(p, x: jax.Array) -> jax.Array:
+    """(n, classes) of x (n, D), in full float32 on every device."""
+    return jnp.matmul(x, p['w'], precision='highest') + p['b']
+
+
 @partial(jax.jit, static_argnames=('num_classes', 'steps'))
 def fit(x: jax.Array, labels: jax.Array, l2: jax.Array, num_classes: int, steps: int):
     """Weights (D, classes) and biases (classes,) that minimise mean cross-entropy + l2 / 2 * |W|^2 over x (n, D)."""
 
     def objective(p):
-        logits = x @ p['w'] + p['b']
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits(p, x), labels).mean()
         return nll + 0.5 * l2 * jnp.sum(jnp.square(p['w']))
 
     solver = optax.lbfgs()
@@ -69,7 +73,7 @@ def accuracy(
     held[stratified(train_labels)[: -(-len(train) // 10)]] = True
 
     def right(p, inputs, labels):
-        guesses = np.asarray(inputs @ p['w'] + p['b']).argmax(1)
+        guesses = np.asarray(logits(p, inputs)).argmax(1)
         return features.accuracy_of(guesses, labels, balanced)
 
     best = l2[0]

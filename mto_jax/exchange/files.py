@@ -108,7 +108,7 @@ def _pickled(path: Path, key: str) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(
-            f'to read {path}, install PyTorch (requirements-convert.txt), or convert it to .safetensors elsewhere'
+            f'to read {path}, install PyTorch (pip install torch), or convert it to .safetensors elsewhere'
         ) from None
     try:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in INERT]):

@@ -58,7 +58,7 @@ def load(path: epath.PathLike, teacher: bool = False) -> tuple[Weights, epath.Pa
         noted = f'the {entry or "student"} of a {config.task} of an encoder pre-trained as {config.method}'
         return dataclasses.replace(encoder_alone(weights), notes=(noted,))
 
-    workdir, step, weights = checkpoint.read(str(path), read, 'from')
+    workdir, step, weights = checkpoint.read(str(path), read, '--from')
     return weights, epath.Path(workdir) / checkpoint.NAME / str(step)
 
 
@@ -71,7 +71,7 @@ def _arrays(reader: checkpoint.Checkpointer, step: int, item: str) -> dict[str, 
 
 def is_run(path: epath.Path) -> bool:
     """Whether it is the workdir of a run, or one of its checkpoints."""
-    return (path / checkpoint.NAME).is_dir() or path.parent.name == checkpoint.NAME
+    return (path / checkpoint.NAME).is_dir() or (path.parent.name == checkpoint.NAME and path.name.isdigit())
 
 
 def save(weights: Weights, workdir: Path) -> None:

@@ -158,9 +158,11 @@ class Method:
         """
         raise NotImplementedError  # pragma: no cover
 
-    def pictures(self, params: Any, model_state: Any, images: jax.Array, key: jax.Array) -> Mapping[str, jax.Array]:
+    def pictures(
+        self, params: Any, model_state: Any, images: jax.Array, key: jax.Array, clock: Clock
+    ) -> Mapping[str, jax.Array]:
         """Normalised images (B, H, W, C) to look at, by name; NaN where pixels are hidden."""
-        del params, model_state, images, key
+        del params, model_state, images, key, clock
         return {}
 
 
@@ -195,9 +197,9 @@ class SingleModule(Method):
         variables = {'params': {'encoder': params['encoder']}}
         return self.module.apply(variables, images, depth, train, method='encode', rngs=rngs)
 
-    def pictures(self, params, model_state, images, key):
+    def pictures(self, params, model_state, images, key, clock):
         a = self.arch
-        result = self._apply(params, images, key)
+        result = self._apply(params, images, key, progress=clock.progress)
         true = patchify(images, a.patch_size)
         hidden = result.mask[..., None]
         predicted = self.module.apply({}, result, images, method='to_pixels')

@@ -118,11 +118,11 @@ class ConMIM(methods.Method):
         rngs = {'dropout': key} if train else {}
         return self.encoder.apply({'params': params['encoder']}, images, depth=depth, train=train, rngs=rngs).tokens
 
-    def pictures(self, params, model_state, images, key):
+    def pictures(self, params, model_state, images, key, clock):
         """'matched' has in each hidden place the patch that the copy's embeddings match best there."""
         mask_key, student_key, teacher_key = jax.random.split(key, 3)
         mask = self.masks(mask_key, len(images))
-        _, queries, _ = self._embed(params, images, student_key, mask)
+        _, queries, _ = self._embed(params, images, student_key, mask, clock.progress)
         _, keys, _ = self._embed(model_state['teacher'], images, teacher_key)
         true, hidden = losses.patchify(images, self.arch.patch_size), mask[..., None]
         best = cosines(queries, keys).argmax(-1)[..., None]

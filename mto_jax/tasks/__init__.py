@@ -43,9 +43,9 @@ def run(config: ConfigDict, workdir: epath.Path, check: bool = False) -> object:
     check_fields(config, partial=config.task in EVALUATIONS)
     if config.deterministic:
         environment.make_deterministic()
-    hosts.start(config.hosts)
-    if check:
+    if check:  # by this host alone, which needs no other and no device
         return _check(config, epath.Path(workdir))
+    hosts.start(config.hosts)
     return tasks[config.task](config, epath.Path(workdir))
 
 

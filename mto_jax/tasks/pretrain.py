@@ -42,7 +42,7 @@ def plan(config: ConfigDict) -> train.Plan:
         mesh = train.devices(config)
         randaugment.parse(config.data)
         source = sources.open_source(config.data, config.data.train_split)
-        watched = sources.open_source(config.data, config.data.val_split)
+        watched = sources.open_source(config.data, config.data.val_split) if _watched(config) else None
         training = job.prepare(config, source.num_examples)
         _require_parts(training.objective.method.mto)
         interval = schedules.evaluation_interval(config.eval.every_epochs, training.per_epoch)
@@ -57,6 +57,11 @@ def plan(config: ConfigDict) -> train.Plan:
     return train.Plan(config, mesh, source, training, title, watches, partial(start.fresh, config, training))
 
 
+def _watched(config) -> bool:
+    """Whether the validation split is looked at during training."""
+    return bool(config.diagnose_every or config.eval.every_epochs)
+
+
 def _require_parts(settings: mto.Settings | None) -> None:
     """Raises UserError where MTO is on and would change nothing."""
     if settings and settings.recalibration == 'none' and not settings.has_losses:
@@ -66,13 +71,18 @@ def _require_parts(settings: mto.Settings | None) -> None:
         )
 
 
-def _watches(config, training, mesh, watched, interval, workdir) -> list[Watch]:
-    """The diagnosis with its pictures, and kNN on the validation split."""
+def _fixed(watched, data):
+    """Up to 64 images of a split, uint8 (n, H, W, C), for pictures and statistics."""
     count = min(64, watched.num_examples)
     # A folder's first images are all of one class. A sequential format would be read to its end for a random subset.
     limit = count if watched.random_access else 0
-    fixed = next(pipeline.eval_batches(watched, config.data, count, limit))['image']
+    return next(pipeline.eval_batches(watched, data, count, limit))['image']
+
+
+def _watches(config, training, mesh, watched, interval, workdir) -> list[Watch]:
+    """The diagnosis with its pictures, and kNN on the validation split."""
     encode = features.encoder(training.objective.method, config)
+    fixed = _fixed(watched, config.data) if config.diagnose_every else None
     diagnosis = jax.jit(training.diagnose, out_shardings=parallel.replicated(mesh))
     key = train_state.stream(config.seed, 'diagnose')
 

@@ -11,7 +11,7 @@ from mto_jax.evals import features, probes
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import described, say
 from mto_jax.runtime.workdir import require_free, write
-from mto_jax.tasks import pretrained
+from mto_jax.tasks import pretrained, train
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     say(f'{config.task} of {c.checkpoint}, features: {c.eval.features}')
     each = {}
     for depth, (setup, encode) in depths.items():
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), train.memory_explained():
             each[depth] = probes.probe(encode, params, setup, mesh, split, (config.task,))
         if len(depths) > 1:
             say(f'  depth {depth}: ' + described(each[depth]))

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mto_jax.config import FIELDS
 from mto_jax.data import order, pipeline, randaugment, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
@@ -41,11 +42,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     c = planned.config
     path = workdir / f'{c.task}.json'
     with hosts.together():
-        _require_begun(workdir, c)
+        c.checkpoint = _begun_with(workdir, c)
         if not c.resume_anyway:
             require_free(path, pretrained.evaluated(c))
     state = train.run(planned, workdir)
-    with jax.set_mesh(planned.mesh):
+    with jax.set_mesh(planned.mesh), train.memory_explained():
         found = scores(planned.job, state, c, planned.mesh, c.data.test_split)
     out = found | {'step': int(state.step)} | pretrained.evaluated(c)
     if hosts.is_first():
@@ -68,6 +69,7 @@ def plan(config: ConfigDict) -> train.Plan:
     c = start.config
     with hosts.together():
         randaugment.parse(c.data)
+        _require_used(c)
         source = sources.open_source(c.data, c.data.train_split)
         _require_targets(c)
         probes.eval_part(c.eval.batch_size, mesh)
@@ -90,15 +92,32 @@ def plan(config: ConfigDict) -> train.Plan:
     )
 
 
-def _require_begun(workdir, config) -> None:
-    """Raises UserError where the run in `workdir` began with another checkpoint's weights."""
+def _begun_with(workdir, config) -> str:
+    """The checkpoint that the run in `workdir` began with; `config.checkpoint` where there is none yet, or where it is
+    that one in another place.
+
+    Raises:
+      UserError: where it began with the weights of another one, unless that is gone and `config.resume_anyway`: the
+        run's own checkpoints have all that it needs.
+    """
     path = workdir / 'config.json'
     began = read_json(path).get('checkpoint') if path.exists() else None
-    if began and began != config.checkpoint:
-        raise UserError(
-            f'{workdir} holds a {config.task} of {began}, and checkpoint is {config.checkpoint} now. Resume it with '
-            f'--config.checkpoint={began} --workdir={workdir}, or choose another --workdir'
+    if not began or began == config.checkpoint:
+        return config.checkpoint
+    gone = not epath.Path(began).exists()
+    if gone and config.resume_anyway:
+        moved = epath.Path(began).name == epath.Path(config.checkpoint).name
+        return config.checkpoint if moved else began
+    raise UserError(
+        f'{workdir} holds a {config.task} of {began}, and checkpoint is {config.checkpoint} now. '
+        + (
+            "The former is gone: if this is the same pre-training, go on from the workdir's own checkpoints with "
+            '--config.resume_anyway=True'
+            if gone
+            else f'Resume it with --config.checkpoint={began} --workdir={workdir}'
         )
+        + ', or choose another --workdir'
+    )
 
 
 def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:
@@ -124,6 +143,17 @@ def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:
     return job.assemble(objective, c.optim, c.batch_size, total, per_epoch, shapes, c.accumulate)
 
 
+def _require_used(config) -> None:
+    """Raises UserError for fields of the quick probes that a training on labels would ignore."""
+    ignored = ['features', 'train_examples', 'balanced', *['depth', 'depths'] * (config.task == 'finetune')]
+    for name in ignored:
+        given, default = config.eval[name], FIELDS[f'eval.{name}'].default
+        if given and given != default:  # what has been through JSON is an empty list where the default is a tuple
+            pool = 'classify.pool' if config.task == 'finetune' else 'probe.pool'
+            cure = f'; what the head sees is {pool}' if name == 'features' else ''
+            raise UserError(f'eval.{name} is {given!r}, which a {config.task} does not use; leave it out{cure}')
+
+
 def _probing(start, encoder) -> Probing:
     config, method = start.config, start.method
     c, data = config.probe, config.data
@@ -137,12 +167,14 @@ def _probing(start, encoder) -> Probing:
         raise UserError(f"data.randaugment is {data.randaugment!r}; it must be '': label maps would not follow")
     if c.head == 'dense' and data.resize == 'device':
         raise UserError("data.resize is 'device'; it must be 'host': label maps would not follow")
+    if config.optim.layer_decay != 1:
+        raise UserError(f'optim.layer_decay is {config.optim.layer_decay:g}; a probe trains no encoder: it must be 1')
     if c.head == 'linear' and c.pool == 'class' and not method.arch.class_token:
         raise UserError("probe.pool is 'class' but the model has no class token (model.class_token); set it to 'mean'")
     depths = tuple(config.eval.depths) or (config.eval.depth,)
     if wrong := [d for d in depths if d > method.arch.depth]:
         raise UserError(f'eval.depths: {wrong[0]} is too deep; the encoder has {method.arch.depth} blocks')
-    head = heads.Probe(c.head, data.num_classes, method.arch.num_prefix, c.pool, c.heads)
+    head = heads.Probe(c.head, data.num_classes, method.arch.num_prefix, c.pool, c.heads or method.arch.heads)
     depths = tuple(d or None for d in depths)
     return Probing(method, encoder, head, depths, c.group, tuple(data.mean), tuple(data.std), data.flip)
 
@@ -154,6 +186,8 @@ def scores(training: job.Job, state: TrainState, config, mesh, split: str, sums:
     part = probes.eval_part(c.batch_size, mesh)
     source = sources.open_source(config.data, split)
     for batch in pipeline.eval_batches(source, config.data, c.batch_size, 0, part):
+        if not _dense(config):
+            sources.require_known(batch['label'][batch['valid']], config.data)
         placed = parallel.put_batch(batch, mesh)
         seen = jax.device_get(sums(state.params, state.model_state, objective.constants, placed))
         # On the host: counts of pixels outgrow 32 bits.

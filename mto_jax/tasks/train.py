@@ -95,7 +95,7 @@ def run(plan: Plan, workdir: epath.Path) -> TrainState:
         _held(workdir),
         contextlib.closing(checkpoint.Checkpointer(workdir, config.checkpoints.keep, entries)) as saver,
         preemption.watch() as preempted,
-        _memory_explained(),
+        memory_explained(),
     ):
         _require_own(config, workdir, saver)
         saver.keep_constants(job.objective.constants)
@@ -162,6 +162,8 @@ def _feed(plan, part, start) -> Streamed:
     data, batch_size, seed = config.data, config.batch_size, config.seed
 
     def put(batch):
+        if 'label' in job.microbatch:
+            sources.require_known(batch['label'], data)
         on_device = data.resize == 'device'
         batch = parallel.put_batch({n: batch[n] for n in (*job.microbatch, *['size'] * on_device)}, mesh)
         if on_device:
@@ -185,7 +187,7 @@ def _held(workdir):
 
 
 @contextlib.contextmanager
-def _memory_explained():
+def memory_explained():
     """Say what helps if a device runs out of memory."""
     try:
         yield
@@ -196,7 +198,8 @@ def _memory_explained():
         raise UserError(
             f'out of device memory ({first}). Start again with --config.accumulate=2 (the same batch in microbatches), '
             '--config.model.remat=True (recompute blocks) or --config.mesh.fsdp=-1 --config.mesh.data=1 (split the '
-            f'state); {RESUME}'
+            f'state); {RESUME}. Where it ran out in an evaluation, give it a smaller --config.eval.batch_size, and kNN '
+            'and L-BFGS fewer --config.eval.train_examples'
         ) from e
 
 

@@ -377,11 +377,14 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def locate(path: str, field: str = 'checkpoint') -> tuple[epath.Path, int]:
-    """The workdir and step that a config field names: a workdir (its newest step) or workdir/checkpoints/step.
+def locate(path: str, given: str = '--config.checkpoint') -> tuple[epath.Path, int]:
+    """The workdir and step that a path names: a workdir (its newest step) or workdir/checkpoints/step.
+
+    Args:
+      given: the flag or argument that it comes from.
 
     Raises:
-      UserError: if there is no checkpoint, naming the field.
+      UserError: if there is no checkpoint, naming `given`.
     """
     where = epath.Path(path)
     if where.name.isdigit() and where.parent.name == NAME and where.is_dir():
@@ -391,19 +394,21 @@ def locate(path: str, field: str = 'checkpoint') -> tuple[epath.Path, int]:
         beside = sorted(int(p.name) for p in where.parent.glob('*') if p.name.isdigit())
         known = f' (steps there: {", ".join(map(str, beside))})' if where.parent.name == NAME and beside else ''
         raise UserError(
-            f'{field} is {path!r}: no checkpoint there{known}; give the workdir of a pre-training, or its '
-            f'checkpoints/<step>, with --config.{field}'
+            f'{given.removeprefix("--config.")} is {path!r}: no checkpoint there{known}; give the workdir of a '
+            f'pre-training, or its checkpoints/<step>, with {given}'
         )
     return where, max(steps)
 
 
-def read(path: str, load: Callable[[Checkpointer, int], T], field: str = 'checkpoint') -> tuple[epath.Path, int, T]:
+def read(
+    path: str, load: Callable[[Checkpointer, int], T], given: str = '--config.checkpoint'
+) -> tuple[epath.Path, int, T]:
     """Read a checkpoint of a workdir that another job may be training in: `(workdir, step, load(checkpointer, step))`.
 
     Where the newest checkpoint is deleted while it is read, the newest one that is there then is used, and said so.
 
     Args:
-      path, field: as for `locate`.
+      path, given: as for `locate`.
       load: reads what is needed; called once per attempt. The checkpointer is read-only.
 
     Raises:
@@ -411,7 +416,7 @@ def read(path: str, load: Callable[[Checkpointer, int], T], field: str = 'checkp
     """
     while True:
         with hosts.together():
-            workdir, step = locate(path, field)
+            workdir, step = locate(path, given)
         step = hosts.gather(step)[0]
         problem, found = '', None
         with contextlib.closing(Checkpointer(workdir, read_only=True)) as reader:

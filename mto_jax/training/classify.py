@@ -141,7 +141,9 @@ def counts(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> dict[str, 
     """Sums over the valid examples of logits (B, classes): their number, how many have their label (B,) first and among
     the first five, and the cross-entropy."""
     own = jnp.take_along_axis(logits, labels[:, None], 1)
-    rank = (~(logits <= own)).sum(1)  # the last, where they are NaN
+    # Of equal logits the first counts, as for argmax; the label comes last where they are NaN.
+    before = jnp.arange(logits.shape[1]) < labels[:, None]
+    rank = (~(logits <= own) | (before & (logits == own))).sum(1)
     seen = {
         'examples': jnp.ones_like(rank),
         'top1': rank < 1,

@@ -86,7 +86,7 @@ class Pretraining:
                 blocks[statistic + suffix] = jnp.stack(values)
             distance['token_distance' + suffix] = mto.token_distance(stack.embedded, stack.masked)
         pictures = {}
-        for name, picture in method.pictures(params, model_state, x, key).items():
+        for name, picture in method.pictures(params, model_state, x, key, clock).items():
             shown = augment.denormalize(picture, self.mean, self.std)
             pictures[name] = jnp.where(jnp.isnan(picture), 0.5, shown)
         return {'blocks': blocks, 'scalars': distance, 'losses': dict(result.losses), 'images': pictures}

@@ -9,6 +9,8 @@ import re
 import jax
 import optax
 
+from mto_jax.errors import UserError
+
 
 def decay_mask(params, decay_cls_token: bool, decay_mask_token: bool):
     """True for the parameters that weight decay acts on: a pytree like `params`.
@@ -52,7 +54,13 @@ def _first(table, path, default):
 
 
 def build(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer that `config.optim`, or a group like it, names."""
+    """The optimizer that `config.optim`, or a group like it, names.
+
+    Raises:
+      UserError: for LARS with what it does not have.
+    """
+    if optim.name == 'lars' and optim.layer_decay != 1:
+        raise UserError(f"optim.layer_decay is {optim.layer_decay:g}; with optim.name='lars' it must be 1")
     return lars(optim, schedule) if optim.name == 'lars' else adamw(optim, schedule)
 
 

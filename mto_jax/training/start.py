@@ -41,8 +41,6 @@ def begin(
       UserError: for a checkpoint that is missing, damaged, of another model or config, that leaves no steps, or
         whose step would mean another position in this run.
     """
-    if config.resume_from and config.init_from:
-        raise UserError('resume_from and init_from are both set; set only one of them')
     abstract = checkpoint.abstract_like(job.shapes, sharding)
     if (state := saver.restore_newest(abstract)) is not None:
         step = int(state.step)
@@ -74,7 +72,7 @@ def initialised(path: str, state: TrainState) -> TrainState:
     def load(reader, step):
         return {name: reader.restore_item(tree, step, name) for name, tree in abstract.items()}
 
-    workdir, step, found = checkpoint.read(path, load, 'init_from')
+    workdir, step, found = checkpoint.read(path, load, '--config.init_from')
     say(f'weights of {workdir} at step {step}, fresh optimizer')
     return state.replace(
         params=found.pop('params'), model_state={n.removeprefix(checkpoint.STATE): v for n, v in found.items()}
@@ -90,6 +88,7 @@ def _resumed(config, abstract, job):
                 '--config.epochs (with --config.resume_anyway=True), or name an earlier checkpoint'
             )
         changed = differences(reader.config(step), config.to_dict())
+        changed.pop('init_from', None)  # what that run began with is in its state
         if changed and not config.resume_anyway:
             raise UserError(
                 f'resume_from is {config.resume_from!r}, a run with another config:\n{listed(changed)}\nUse its '
@@ -97,7 +96,7 @@ def _resumed(config, abstract, job):
             )
         return reader.restore(abstract, step), reader.about(step)
 
-    workdir, step, found = checkpoint.read(config.resume_from, load, 'resume_from')
+    workdir, step, found = checkpoint.read(config.resume_from, load, '--config.resume_from')
     say(f"the state of {workdir} at step {step}; from here on, checkpoints go to this run's own workdir")
     return found
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mto_jax.errors import UserError
 from mto_jax.methods import Clock
 
 Terms = Mapping[str, jax.Array]
@@ -107,12 +108,18 @@ def term_names(objective: Objective, batch: Mapping[str, Any], clock: Clock) -> 
     Args:
       batch: with shapes and dtypes.
       clock: of any step.
+
+    Raises:
+      UserError: where a method gives a term a name that is taken.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, model_state = jax.eval_shape(objective.init, key)
     _, (terms, _) = jax.eval_shape(objective.loss, params, model_state, objective.constants, batch, key, clock)
     state = ('model_state_norm',) if jax.tree.leaves(model_state) else ()
-    return ('loss', *terms, 'grad_norm', 'param_norm', 'learning_rate', *state)
+    own = ('grad_norm', 'param_norm', 'learning_rate', *state)
+    if taken := [name for name in ('loss', *own) if name in terms]:
+        raise UserError(f'the term {taken[0]!r} of a method has the name of one that every training logs; rename it')
+    return ('loss', *terms, *own)
 
 
 def make_train_step(

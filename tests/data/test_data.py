@@ -1,5 +1,10 @@
 """The input pipeline: which examples, in which order, how cropped; and the augmentation on the device."""
 
+import gc
+import os
+import resource
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -371,3 +376,34 @@ def test_embedded_data_are_balanced_and_intact(config):
             pixels = np.concatenate([b['image'] for b in rows]) / 255
             assert pixels.mean() == pytest.approx(0.286, abs=0.003)
             assert pixels.std() == pytest.approx(0.353, abs=0.003)
+
+
+@pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='open files are counted as on Linux')
+def test_no_file_stays_open(data):
+    """However often a split is read, to its end or not."""
+
+    def count():
+        gc.collect()
+        files = [os.readlink(path) for path in Path('/proc/self/fd').iterdir() if path.is_symlink()]
+        return sum('tiny-train' in file for file in files)
+
+    source, before = sources.open_source(data, 'train'), count()
+    for _ in range(2):
+        list(pipeline.eval_batches(source, data, 16))
+        next(pipeline.eval_batches(source, data, 16))
+        next(pipeline.train_batches(source, data, 16, 0, 0, 4))
+    assert count() == before
+
+
+@pytest.mark.parametrize(('hard', 'limit'), [(10_000, 516), (resource.RLIM_INFINITY, 516), (500, 500)])
+def test_enough_files_can_be_open(config, monkeypatch, hard, limit):
+    """The limit of a process is raised; where the system allows too little, what to do is said."""
+    given = []
+    monkeypatch.setattr(resource, 'getrlimit', lambda _: (256, hard))
+    monkeypatch.setattr(resource, 'setrlimit', lambda _, limits: given.append(limits))
+    if hard == 500:
+        with pytest.raises(UserError, match=r'has 1 files, .* this process may open 500: .* ulimit -n 516'):
+            sources.open_source(config.data, 'test')
+    else:
+        sources.open_source(config.data, 'test')
+    assert given == [(limit, hard)]

@@ -17,7 +17,7 @@ from configs import mae_mto, simmim
 from mto_jax import tasks
 from mto_jax.data import augment, check, folder, pipeline, sources
 from mto_jax.errors import UserError
-from mto_jax.runtime import parallel
+from mto_jax.runtime import hosts, parallel
 from mto_jax.tasks import pretrain
 
 PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
@@ -307,7 +307,9 @@ def test_bad_images_are_replaced_the_same_way_everywhere(mixed, capfd):
     assert sorted(n for n, v in zip(names, valid, strict=True) if not v) == bad
 
 
-def test_check_lists_what_is_bad(mixed, tmp_path, capsys):
+def test_check_lists_what_is_bad(mixed, tmp_path, capsys, monkeypatch):
+    """On one host, whatever others there are."""
+    monkeypatch.setattr(hosts, 'start', lambda *_: pytest.fail('it looked for other hosts'))
     data, bad = mixed
     c = for_photos(mae_mto.get_config(), data.data_dir, 'folder')
     c.data.val_split = c.data.test_split = 'train'
@@ -452,7 +454,7 @@ def test_the_images_that_are_diagnosed_are_of_all_classes(config, tmp_path, monk
             yield batch
 
     monkeypatch.setattr(pipeline, 'eval_batches', recorded)
-    config.epochs, config.optim.warmup_epochs = 0.5, 0.25
+    config.epochs, config.optim.warmup_epochs, config.diagnose_every = 0.5, 0.25, 4
     pretrain.run(config, tmp_path / 'w')
     assert len(seen[0]) == 64
     assert set(seen[0]) == {0, 1}

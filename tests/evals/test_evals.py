@@ -475,7 +475,6 @@ def test_a_default_that_is_given_counts(trained, tmp_path):
         ('epochs', 3.0),
         ('mto.enabled', True),
         ('seed', 1),
-        ('data.val_split', 'test'),
     ],
 )
 def test_evaluations_refuse_other_fields(trained, tmp_path, field, value):

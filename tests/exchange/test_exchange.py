@@ -475,6 +475,7 @@ def test_a_fine_tuned_run(pretrained, tmp_path, capsys):  # noqa: F811
     assert 'does not say how they were trained' in (tmp_path / 'again' / 'README.md').read_text()
     capsys.readouterr()
     refused(capsys, tmp_path, tmp_path / 'tuned', 'is already a run of mto_jax')
+    refused(capsys, tmp_path, tmp_path / 'checkpoints' / 'mae.pth', 'mae.pth does not exist')
     refused(capsys, tmp_path, tmp_path / 'tuned', 'a head on the mean of the patches', '--target=huggingface')
     refused(capsys, tmp_path, pretrained, 'has no teacher', '--target=timm', '--teacher')
     refused(capsys, tmp_path, pretrained, '--heads is for foreign files', '--target=timm', '--heads=2')

@@ -1,5 +1,6 @@
 """MAE against Hugging Face's ViTMAEForPreTraining, SimMIM against a float64 numpy form, and the MTO hook in both."""
 
+import dataclasses
 import functools
 import math
 
@@ -18,6 +19,7 @@ from mto_jax.methods import simmim
 from mto_jax.models import position, vit
 from mto_jax.models.layers import Block
 from mto_jax.training import job
+from tests import toy_method
 from tests.conftest import forward, randomised, shrink
 
 
@@ -197,6 +199,28 @@ def test_initial_gradients_are_finite(config, name, dtype):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize('name', ['mae', 'simmim', 'conmim'])
+def test_pictures_have_the_gates_of_their_step(config, rng, name):
+    """Closed at the first step, where nothing visible reads a masked token; open from `open_until` on."""
+    config.method, config.mask_ratio, config.conmim.mask_unit = name, 0.5, 1
+    config.mto.enabled, config.mto.recalibration, config.mto.exclude_blocks = True, 'exclude', -1
+    config.mto.open_until = 0.5
+    opening, images = job.prepare(config, 130), rng.integers(0, 256, (4, 28, 28, 1), np.uint8)
+    config.mto.open_until = 0.0
+    closed = job.prepare(config, 130)
+    params, model_state = opening.objective.init(jax.random.key(0))
+    params = randomised(params, rng)
+
+    def shown(training, step):
+        clock = training.clock(jnp.int32(step))
+        seen = training.objective.diagnose(params, model_state, images, jax.random.key(1), clock)
+        return seen['images']['matched' if name == 'conmim' else 'reconstruction']
+
+    first = shown(opening, 0)
+    np.testing.assert_array_equal(first, shown(closed, 0))
+    assert np.abs(first - shown(opening, opening.total)).max() > 1e-4
+
+
 def test_reconstruction_is_unnormalised_with_the_patch_statistics(config, rng):
     """Predicting the target exactly must give back the pixels, also where the target is normalised."""
     method = methods.build(config)
@@ -363,6 +387,21 @@ def test_views_share_the_flip(config, rng):
     assert 4 < same.sum() < 28
     noise = (np.asarray(views['strong']) - np.asarray(views['image'])) * config.data.std[0]
     assert noise.std() == pytest.approx(0.1, rel=0.05)  # not the difference between an image and its mirror
+
+
+@pytest.mark.parametrize('taken', ['loss', 'grad_norm', 'model_state_norm'])
+def test_a_term_cannot_hide_another(config, monkeypatch, taken):
+    """What every training logs keeps its name."""
+    config.method = 'tests.toy_method'
+    real = toy_method.Toy.loss
+
+    def loss(self, *args, **named):
+        result = real(self, *args, **named)
+        return dataclasses.replace(result, losses={taken: result.losses['colour']})
+
+    monkeypatch.setattr(toy_method.Toy, 'loss', loss)
+    with pytest.raises(UserError, match=f'the term {taken!r} of a method'):
+        job.prepare(config, 130)
 
 
 def test_weights_of_losses_count(config, rng):

@@ -17,9 +17,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import base, finetune, knn, linear_lars
 from mto_jax import tasks
+from mto_jax.data import order
 from mto_jax.errors import UserError
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import read_history
@@ -343,6 +345,31 @@ def test_a_missing_or_differing_peer_fails_fast(tmp_path):
         assert 'config.optim.base_lr: 0.003 on host 0' in output(differing, i)
         assert '0.5 on host 1' in output(differing, i)
     assert not os.path.exists(f'{differing}/checkpoints')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [0, 1])
+def test_an_error_of_one_host_keeps_its_exit_code(tmp_path, index):
+    """A broken image among the rows of one of two: the job ends, and its code says that a user must act."""
+    first = next(order.batch_positions(64, 32, 0, 0, 1))
+    bad = first[16 * index]
+    for i in range(64):
+        path = tmp_path / 'data' / 'train' / 'ab'[i % 2] / f'{i:02}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((28, 28), i, np.uint8)).save(path)
+    files = sorted((tmp_path / 'data' / 'train').rglob('*.png'))
+    files[bad].write_bytes(b'no image')
+    workdir = str(tmp_path / 'run')
+    fields = {'data.name': 'folder', 'data.data_dir': str(tmp_path / 'data'), 'data.train_split': 'train'}
+    fields |= {'data.val_split': 'train', 'eval.every_epochs': 0.0, 'epochs': 1.0}
+    processes = launch(workdir, 2, own=FIELDS | fields)
+    try:
+        assert processes[index].wait(SECONDS) == 2, output(workdir, index)
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    assert f'error: data: cannot decode {files[bad]}: not an image' in output(workdir, index)
 
 
 def test_a_single_process_saves_at_sigterm(config, tmp_path, monkeypatch):

@@ -1,15 +1,17 @@
 """Fine-tuning of a checkpoint: the task from end to end, the objective against numpy, and what is refused."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from configs import finetune, knn
 from mto_jax import tasks
-from mto_jax.data import augment
+from mto_jax.data import augment, sources
 from mto_jax.errors import UserError
 from mto_jax.methods import Clock
 from mto_jax.runtime import parallel
@@ -41,12 +43,32 @@ def test_from_a_checkpoint_to_accuracy(config, pretrained, tmp_path, capsys):
 
 def test_it_keeps_the_checkpoint_it_began_with(config, pretrained, tmp_path):
     """Also where `resume_anyway` allows other fields to differ, and the pre-training has gone on."""
-    (tmp_path / 'config.json').write_text(json.dumps({'checkpoint': f'{pretrained}/checkpoints/1'}))
+    run, tuned = tmp_path / 'run', tmp_path / 'tuned'
+    shutil.copytree(pretrained, run)
+    shutil.copytree(run / 'checkpoints' / '2', run / 'checkpoints' / '1')
+    tuned.mkdir()
+    (tuned / 'config.json').write_text(json.dumps({'checkpoint': f'{run}/checkpoints/1'}))
+    config.resume_anyway, config.checkpoint = True, str(run)
+    with pytest.raises(UserError, match=rf'holds a finetune of {run}/checkpoints/1, and .* is {run}/.*/2 now\. Resume'):
+        tasks.run(config, tuned)
+
+
+def test_it_goes_on_where_its_pretraining_was_moved(config, pretrained, tmp_path):
+    """From its own checkpoints, which have all that it needs; where another step is left there, the first is named."""
+    moved = tmp_path / 'elsewhere'
+    shutil.copytree(pretrained, tmp_path / 'run')
+    config.checkpoint = str(tmp_path / 'run')
+    whole = tasks.run(config, tmp_path / 'tuned')
+    shutil.rmtree(tmp_path / 'tuned' / 'checkpoints' / '8')
+    (tmp_path / 'run').rename(moved)
+    config.checkpoint = str(moved)
+    with pytest.raises(UserError, match=r'run/checkpoints/2, and .* is gone: .*--config.resume_anyway=True'):
+        tasks.run(config, tmp_path / 'tuned')
     config.resume_anyway = True
-    with pytest.raises(
-        UserError, match=rf'holds a finetune of {pretrained}/checkpoints/1, and .* is {pretrained}/.*/2 '
-    ):
-        tasks.run(config, tmp_path)
+    (moved / 'checkpoints' / '2').rename(moved / 'checkpoints' / '3')
+    assert tasks.run(config, tmp_path / 'tuned') == whole
+    (moved / 'checkpoints' / '3').rename(moved / 'checkpoints' / '2')
+    assert tasks.run(config, tmp_path / 'tuned') == whole | {'checkpoint': str(moved / 'checkpoints' / '2')}
 
 
 def test_its_own_checkpoint_is_no_pretrained_one(config, tmp_path):
@@ -173,9 +195,34 @@ def test_logits_that_are_not_finite_are_no_right_answers():
     assert (int(seen['examples']), int(seen['top1']), int(seen['top5'])) == (3, 1, 1)
 
 
+def test_of_equal_logits_the_first_counts():
+    logits = jnp.zeros((3, 10)).at[2, 5:].set(1.0)
+    seen = classify.counts(logits, jnp.array([0, 5, 6]), jnp.ones(3, bool))
+    assert (int(seen['top1']), int(seen['top5'])) == (1, 2)
+
+
+def test_a_label_beyond_the_classes_is_named(config, tmp_path, monkeypatch):
+    """One that no look at the first images finds: in training, and where it is only counted."""
+    real = sources.Tfds._parse
+
+    def parse(self, position, serialized):
+        example = real(self, position, serialized)
+        wrong = (position == 3) & (self.split == split)
+        return example | {'label': tf.where(wrong, tf.constant(label, tf.int64), example['label'])}
+
+    monkeypatch.setattr(sources.Tfds, '_parse', parse)
+    monkeypatch.setattr(sources, 'require_labels', lambda *_: None)
+    for split, label in (('train[:130]', 10), (config.data.val_split, -1)):
+        with pytest.raises(UserError, match=f'data.num_classes is 10, and an image has the label {label}; .* 0 to 9'):
+            tasks.run(config, tmp_path / split)
+
+
 @pytest.mark.parametrize(
     ('field', 'value', 'words'),
     [
+        ('eval.features', 'class', r'eval\.features is .class., which a finetune does not use; .*classify\.pool'),
+        ('eval.train_examples', 9, r'eval\.train_examples is 9'),
+        ('eval.depths', (1, 0), r'eval\.depths is \[1, 0\]'),
         ('classify.pool', 'max', r'classify\.pool is .max.*fc_norm'),
         ('data.randaugment', 'x', r'data\.randaugment is .x.'),
         ('batch_size', 31, r'batch_size is 31.*even number'),

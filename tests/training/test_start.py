@@ -173,6 +173,18 @@ def test_no_checkpoint_there(config, tmp_path, field):
         pretrain.run(config, tmp_path / 'run')
 
 
+@pytest.mark.parametrize('repeated', [False, True])
+def test_a_run_from_weights_goes_on_elsewhere(finished, tmp_path, repeated):
+    """Whether the same command is given with `resume_from` or only that: its state has the weights it began with."""
+    config, workdir, _ = finished
+    c = fresh(config)
+    c.init_from, c.checkpoints.every = str(workdir), 4
+    whole = pretrain.run(c, tmp_path / 'first')
+    c.resume_from = str(tmp_path / 'first' / 'checkpoints' / '4')
+    c.init_from = c.init_from if repeated else ''
+    assert same(pretrain.run(c, tmp_path / 'second'), whole)
+
+
 def test_weights_of_another_model(finished, tmp_path):
     config, workdir, _ = finished
     c = fresh(config)
@@ -234,7 +246,4 @@ def test_no_step_left(finished, tmp_path):
         pretrain.run(c, tmp_path)
     c.resume_from = str(workdir / 'checkpoints' / '5')
     with pytest.raises(UserError, match=r'steps there: 4, 6, 8'):
-        pretrain.run(c, tmp_path)
-    c.init_from = str(workdir)
-    with pytest.raises(UserError, match='both set'):
         pretrain.run(c, tmp_path)
