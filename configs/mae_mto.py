@@ -4,9 +4,10 @@
     python main.py --config=configs/mae_mto.py:vit_b,tuned    # the other preset, see configs/presets.py
 
 It ships `full`, all four parts of MTO. On Fashion-MNIST with a small model, two epochs and ten seeds, its fine-tuning
-was the baseline's (-0.0 ± 0.2 points), and it was 0.9 ± 0.2 behind the baseline of twice the epochs; on CIFAR-10 with
-five seeds -0.2 ± 1.0 and -1.6 ± 1.1. `tuned` has recalibration that grows with depth for all queries, and no losses;
-it was no better on either. Half the epochs is the paper's claim, not what was measured (docs/results.md).
+was the baseline's (-0.0 ± 0.2 points), and it was 0.9 ± 0.2 behind the baseline of twice the epochs; with four epochs
+and three seeds it was -0.3 ± 0.8 at equal epochs. On CIFAR-10 with two epochs and five seeds: -0.2 ± 1.0 and -1.6 ±
+1.1. `tuned` has recalibration that grows with depth for all queries, and no losses; it was no better on either. Half
+the epochs is the paper's claim, not what was measured (docs/results.md).
 """
 
 from configs import mae, presets
