@@ -3,7 +3,6 @@
 import time
 
 import numpy as np
-import tensorflow as tf
 from etils import epath
 
 from mto_jax.data import pipeline, sources
@@ -49,9 +48,8 @@ def unreadable(source: sources.Source, data, label: str = '') -> list[str]:
         maps = pipeline.label_map(example, data, pipeline.decode)
         return {'image': pipeline.decode(example['image'], data.channels)} | maps
 
-    ds = tf.data.Dataset.zip(tf.data.Dataset.range(total), source.select(everything))
     start_time = shown = time.perf_counter()
-    for position in pipeline.whole_ones(ds, decode, data.threads):
+    for position in pipeline.whole_ones(source.select(everything).enumerate(), decode, data.threads):
         decoded[position] = True
         now = time.perf_counter()
         if now - shown > 10:

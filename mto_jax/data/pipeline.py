@@ -208,9 +208,7 @@ def label_map(example, data, make) -> dict[str, tf.Tensor]:
     same = tf.debugging.assert_equal(sizes[0][:2], sizes[1], 'the label map has another size than its image')
     grey = tf.debugging.assert_equal(sizes[0][2], 1, 'the label map has colours; it must have one channel of labels')
     # Of other depths the decoder stretches or shifts the values. It is the byte after the width and height in a PNG.
-    eight = (tf.strings.substr(example['mask'], 0, 4) != b'\x89PNG') | (
-        tf.strings.substr(example['mask'], 24, 1) == b'\x08'
-    )
+    eight = ~_is_png(example['mask']) | (tf.strings.substr(example['mask'], 24, 1) == b'\x08')
     bits = tf.debugging.assert_equal(eight, True, 'the label map must have 8 bits a pixel')
     with tf.control_dependencies([c for c in (same, grey, bits) if c is not None]):
         values = tf.cast(make(example['mask'], 1), tf.int32)
@@ -269,18 +267,23 @@ def train_batches(
             yield _replaced(mine, stand_ins.get(t, {}))
 
     def examples(step):
-        """Undecoded, from this step on; to the end of the epoch where the format is sequential."""
+        """(position in the full run, undecoded example) from this step on, and the step where they end: that of the
+        epoch's end where the format is sequential."""
         if source.random_access:
-            return source.stream(chosen(step, stop)), stop
-        epoch, done = divmod(step, per_epoch)
-        end = min(stop, (epoch + 1) * per_epoch)
-        return source.shuffled(seed, epoch, done * len(part.rows), part).take((end - step) * len(part.rows)), end
+            found, end = source.stream(chosen(step, stop)), stop
+        else:
+            epoch, done = divmod(step, per_epoch)
+            end = min(stop, (epoch + 1) * per_epoch)
+            found = source.shuffled(seed, epoch, done * len(part.rows), part).take((end - step) * len(part.rows))
+        steps = tf.data.Dataset.counter(tf.constant(step, tf.int64))
+        return tf.data.Dataset.zip(steps.flat_map(lambda t: tf.data.Dataset.from_tensor_slices(rows(t))), found), end
+
+    def batch_of(step):
+        return examples(step)[0].take(len(part.rows))
 
     step, stand_ins = start, {}
     while step < stop:
-        found, end = examples(step)
-        steps = tf.data.Dataset.counter(tf.constant(step, tf.int64))
-        ds = tf.data.Dataset.zip(steps.flat_map(lambda t: tf.data.Dataset.from_tensor_slices(rows(t))), found)
+        ds, end = examples(step)
         threads = data.threads or tf.data.AUTOTUNE
         ds = ds.map(prepare, num_parallel_calls=threads, deterministic=True)
         # Copying the rows of a batch next to each other takes its time too, where the device resizes.
@@ -291,8 +294,9 @@ def train_batches(
                 step += 1
             step = end
         except UNREADABLE as e:
-            read = partial(_zipped, rows(step), lambda step=step: examples(step)[0])
-            stand_ins = {step: _stand_ins(source, prepare, read, next(chosen(step, step + 1)), data, e)}
+            stand_ins = {
+                step: _stand_ins(source, prepare, partial(batch_of, step), next(chosen(step, step + 1)), data, e)
+            }
 
 
 def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Part | None = None) -> Iterator[Batch]:
@@ -321,6 +325,9 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
         mask = label_map(example, data, lambda encoded, channels: _eval_pixels(encoded, data, channels, 'nearest'))
         return {'image': eval_image(example['image'], data), 'label': tf.cast(example['label'], tf.int32)} | mask
 
+    def batch_of(positions):
+        return source.select([positions]).enumerate()
+
     done, stand_ins = 0, {}
     filled = [w for w in wanted if len(w)]
     while done < len(filled):
@@ -336,8 +343,7 @@ def eval_batches(source: Source, data, batch_size: int, limit: int = 0, part: Pa
                 done += 1
         except UNREADABLE as e:
             failed = rest[done - first]
-            read = partial(_zipped, failed, partial(source.select, [failed]))
-            stand_ins = {done: _stand_ins(source, prepare, read, failed, data, e)}
+            stand_ins = {done: _stand_ins(source, prepare, partial(batch_of, failed), failed, data, e)}
     if len(filled) < count:
         nothing = {
             'image': np.zeros((0, *data.image_size, data.channels), np.uint8),
@@ -353,11 +359,6 @@ def _replaced(positions: np.ndarray, stand_ins: Mapping[int, int]) -> np.ndarray
     for row, position in stand_ins.items():
         positions[row] = position
     return positions
-
-
-def _zipped(positions: np.ndarray, examples: Callable[[], tf.data.Dataset]) -> tf.data.Dataset:
-    """The first examples of a dataset, each behind its position."""
-    return tf.data.Dataset.zip(tf.data.Dataset.from_tensor_slices(positions), examples())
 
 
 def _stand_ins(source, prepare, examples, positions, data, error) -> dict[int, int]:

@@ -42,7 +42,7 @@ def plan(config: ConfigDict) -> train.Plan:
         mesh = train.devices(config)
         randaugment.parse(config.data)
         source = sources.open_source(config.data, config.data.train_split)
-        watched = sources.open_source(config.data, config.data.val_split) if _watched(config) else None
+        watched = sources.open_source(config.data, config.data.val_split) if config.diagnose_every else None
         training = job.prepare(config, source.num_examples)
         _require_parts(training.objective.method.mto)
         interval = schedules.evaluation_interval(config.eval.every_epochs, training.per_epoch)
@@ -55,11 +55,6 @@ def plan(config: ConfigDict) -> train.Plan:
     title = f'{config.method}, MTO {"on" if method.mto else "off"}'
     watches = partial(_watches, config, training, mesh, watched, interval)
     return train.Plan(config, mesh, source, training, title, watches, partial(start.fresh, config, training))
-
-
-def _watched(config) -> bool:
-    """Whether the validation split is looked at during training."""
-    return bool(config.diagnose_every or config.eval.every_epochs)
 
 
 def _require_parts(settings: mto.Settings | None) -> None:

@@ -108,15 +108,15 @@ def _begun_with(workdir, config) -> str:
     if gone and config.resume_anyway:
         moved = epath.Path(began).name == epath.Path(config.checkpoint).name
         return config.checkpoint if moved else began
-    raise UserError(
-        f'{workdir} holds a {config.task} of {began}, and checkpoint is {config.checkpoint} now. '
-        + (
+    cure = f'Resume it with --config.checkpoint={began} --workdir={workdir}'
+    if gone:
+        cure = (
             "The former is gone: if this is the same pre-training, go on from the workdir's own checkpoints with "
             '--config.resume_anyway=True'
-            if gone
-            else f'Resume it with --config.checkpoint={began} --workdir={workdir}'
         )
-        + ', or choose another --workdir'
+    raise UserError(
+        f'{workdir} holds a {config.task} of {began}, and checkpoint is {config.checkpoint} now. {cure}, or choose '
+        'another --workdir'
     )
 
 

@@ -54,13 +54,7 @@ def _first(table, path, default):
 
 
 def build(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer that `config.optim`, or a group like it, names.
-
-    Raises:
-      UserError: for LARS with what it does not have.
-    """
-    if optim.name == 'lars' and optim.layer_decay != 1:
-        raise UserError(f"optim.layer_decay is {optim.layer_decay:g}; with optim.name='lars' it must be 1")
+    """The optimizer that `config.optim`, or a group like it, names. Raises as `lars`."""
     return lars(optim, schedule) if optim.name == 'lars' else adamw(optim, schedule)
 
 
@@ -92,7 +86,12 @@ def lars(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
 
     The rate of each matrix is `trust_coefficient` times its norm over that of its gradient; vectors have neither that
     nor weight decay. The learning rate multiplies what leaves the momentum.
+
+    Raises:
+      UserError: for `layer_decay`, which it does not have.
     """
+    if optim.layer_decay != 1:
+        raise UserError(f"optim.layer_decay is {optim.layer_decay:g}; with optim.name='lars' it must be 1")
 
     def matrices(params):
         return jax.tree.map(lambda p: p.ndim > 1, params)
