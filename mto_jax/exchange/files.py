@@ -86,6 +86,8 @@ def _file(path: Path, key: str) -> dict[str, np.ndarray]:
     if path.stat().st_size == 0:
         raise UserError(f'{path} is empty')
     if path.suffix == '.safetensors':
+        if key:
+            raise UserError(f'key is {key!r}, which is for entries of a .pth file; {path} has none: leave it out')
         return _safetensors(path)
     if path.suffix in PICKLED:
         return _pickled(path, key)

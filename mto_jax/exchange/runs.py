@@ -41,7 +41,7 @@ def load(path: epath.PathLike, teacher: bool = False) -> tuple[Weights, epath.Pa
         entry = 'teacher' if teacher else 'ema' if tuned and config.classify.ema else ''
         items = reader.items(step)
         name = f'{checkpoint.STATE}{entry}' if entry else 'params'
-        if name not in items:
+        if teacher and name not in items:
             raise UserError(f'{path} has no teacher; leave out --teacher')
         params = _arrays(reader, step, name)
         head, pool = None, ''

@@ -254,12 +254,16 @@ class _Reading:
         m.heads = self.heads()
         m.init = 'beit' if s in (tables.BEIT, tables.HF_BEIT) else 'mae'
         d.image_size = self.image_size(m)
+        d.eval_resize = self.eval_resize(min(d.image_size))
         m.position = self.position(m, d.image_size)
         d.mean, d.std = self.pixels(d.channels)
         if self.pool:
             d.num_classes, c.classify.pool = self.classes, self.pool
         m.dtype = self.hints.dtype or 'float32'
         c.method = self.kind if self.kind in METHODS else 'encoder'
+        for hint, readers in (('decoder_heads', ('mae', 'hf_mae')), ('norm_pix_loss', ('mae', 'hf_mae', 'bootmae'))):
+            if (given := getattr(self.hints, hint)) is not None and self.kind not in readers:
+                raise UserError(f'{hint} is {given!r}, which is not for weights of {self.kind}: leave it out')
         if self.kind in METHODS:
             METHODS[self.kind](self, c)
         return c
@@ -301,6 +305,17 @@ class _Reading:
             raise UserError('the image size cannot be read from the shapes; give it with --image_size=HEIGHT,WIDTH')
         return (side * m.patch_size,) * 2
 
+    def eval_resize(self, side: int) -> int:
+        """`data.eval_resize` where the shorter side of the model's images has so many pixels."""
+        theirs, cfg = self.preprocessor, self.json.get('pretrained_cfg', {})
+        if theirs:
+            size = theirs.get('size')
+            edge = size.get('shortest_edge') or size.get('height') if isinstance(size, Mapping) else size
+            return int(edge or 0) if theirs.get('do_center_crop') and theirs.get('do_resize', True) else 0
+        if 'crop_pct' in cfg:
+            return 0 if cfg.get('crop_mode') == 'squash' else math.floor(side / cfg['crop_pct'] + 1e-6)
+        return round(side * 256 / 224)  # the usual ratio, and the official codes'
+
     def position(self, m, image_size) -> str:
         """The kind of positions: one that is computed where the stored table is that."""
         name = self.prefix + self.style.pos
@@ -320,7 +335,7 @@ class _Reading:
                 image_size, 1, m.patch_size, 1, m.width, 1, position=kind, class_token=m.class_token
             )
             value = tables.positions(arch)
-            if value.shape == table.shape and np.abs(value - table).max() <= tables.TOLERANCE:
+            if tables.computed(table, value):
                 return kind
         return 'learned'
 
@@ -344,14 +359,18 @@ class _Reading:
 
     def _head(self) -> tuple[str, int]:
         """What a classifier's head sees, and how many classes it tells apart."""
-        s = self.style
+        s, given = self.style, self.hints.pool
         if f'{s.head}.weight' not in self.arrays or self.kind not in ('timm_vit', 'timm_beit', 'hf_vit', 'hf_beit'):
+            if given:
+                raise UserError(f'pool is {given!r}, which is for a classifier; the file has none: leave it out')
             return '', 0
         classes = self.array(f'{s.head}.weight', 2).shape[0]
         if f'{s.head_norm}.weight' in self.arrays:
+            if given not in (None, 'fc_norm'):
+                raise UserError(f"pool is {given!r}; the norm behind the pooling in the file makes it 'fc_norm'")
             return 'fc_norm', classes
         found = {'avg': 'mean', 'token': 'class'}.get(self._timm('global_pool', ''))
-        pool = self.hints.pool or found or ('class' if s.cls in self.arrays else 'mean')
+        pool = given or found or ('class' if s.cls in self.arrays else 'mean')
         if pool not in ('class', 'mean'):
             raise UserError(f"pool is {pool!r}; with a final norm in the file it must be 'class' or 'mean'")
         return pool, classes

@@ -50,7 +50,8 @@ def test_round_trips_are_exact(rng, tmp_path, kind, method, pool):
     """In, out, and in again: the same bits there and here, and the same architecture."""
     first = weights_of(rng, method, kind, pool)
     there = arrays(first, kind)
-    back = exchange.read(file(tmp_path / 'x.safetensors', there), heads=4, decoder_heads=2)
+    hints = {'decoder_heads': 2} if kind in ('mae', 'hf_mae') else {}
+    back = exchange.read(file(tmp_path / 'x.safetensors', there), heads=4, **hints)
     made.assert_same(first, back)
     fields = dict.fromkeys(('drop_path', 'init', 'size', 'attention', 'dtype', 'residual_dtype'))
     ours, theirs = (w.config.model.to_dict() | fields for w in (first, back))
@@ -165,7 +166,8 @@ def test_both_generations_of_hugging_faces_names(rng, tmp_path, kind, method):
     found = arrays(first, kind)
     other = {('vit.' if not n.startswith('decoder') else '') + renamed(n): a for n, a in found.items()}
     assert not other.keys() & found.keys() - {n for n in found if n.startswith('decoder.')}
-    made.assert_same(first, exchange.read(file(tmp_path / 'x.safetensors', other), heads=4, decoder_heads=2))
+    hints = {'decoder_heads': 2} if kind == 'hf_mae' else {}
+    made.assert_same(first, exchange.read(file(tmp_path / 'x.safetensors', other), heads=4, **hints))
 
 
 def test_shapes_and_hints(rng, tmp_path):
@@ -174,7 +176,8 @@ def test_shapes_and_hints(rng, tmp_path):
     path = file(tmp_path / 'x.safetensors', arrays(first, 'timm_vit'))
     back = exchange.read(path, heads=4, image_size=(16, 40), mean=(0.1,) * 5, std=(0.2,) * 5, norm_eps=1e-3)
     made.assert_same(first, back)
-    assert back.config.data.to_dict() | {'crop': ''} == first.config.data.to_dict() | {'crop': ''}
+    other = {'crop': '', 'eval_resize': 18}  # 16 * 256 / 224
+    assert back.config.data.to_dict() | {'crop': ''} == first.config.data.to_dict() | other
     assert (back.config.model.norm_eps, int(back.config.model.mlp_ratio * 32)) == (1e-3, 83)
     standard = made.encoder(rng, model__width=192, model__heads=3)
     path = file(tmp_path / 'y.safetensors', arrays(standard, 'timm_vit'))
@@ -196,6 +199,52 @@ def test_half_precision_files(rng, tmp_path, dtype):
     np.testing.assert_array_equal(
         back.params['encoder']['norm']['scale'], first.params['encoder']['norm']['scale'].astype(dtype)
     )
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('kind', ['mae', 'hf_mae', 'bootmae'])
+def test_tables_of_half_precision_are_the_computed_ones(rng, tmp_path, kind, dtype):
+    first = made.weights(rng, kind.removeprefix('hf_'))
+    found = {n: a.astype(dtype) for n, a in arrays(first, kind).items()}
+    hints = {} if kind == 'bootmae' else {'decoder_heads': 2}
+    back = exchange.read(file(tmp_path / 'x.safetensors', found), heads=4, **hints)
+    assert back.config.model.position == first.config.model.position
+    table = next(n for n in found if 'decoder_pos' in n or 'de_pos' in n)
+    found[table] = found[table] * dtype(1.05)
+    with pytest.raises(UserError, match=f'{table} differs from the table'):
+        exchange.read(file(tmp_path / 'y.safetensors', found), heads=4, **hints)
+
+
+@pytest.mark.parametrize('edge', [0, 36, 60])
+@pytest.mark.parametrize('target', ['huggingface', 'timm'])
+def test_as_much_of_an_image_is_seen_after_a_round_trip(rng, tmp_path, target, edge):
+    first = made.encoder(rng, data__eval_resize=edge)
+    exchange.write(first, tmp_path / 'there', target)
+    assert exchange.read(tmp_path / 'there').config.data.eval_resize == edge
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'edge'),
+    [
+        ('preprocessor_config.json', {'do_resize': True, 'size': 32}, 0),  # ViT's, as it was before 2022
+        ('preprocessor_config.json', {'size': {'height': 32, 'width': 32}, 'do_center_crop': False}, 0),
+        ('preprocessor_config.json', {'size': {'height': 40, 'width': 40}, 'do_center_crop': True}, 40),
+        ('preprocessor_config.json', {'do_center_crop': True, 'do_resize': False, 'size': {'shortest_edge': 9}}, 0),
+        (
+            'config.json',
+            {'pretrained_cfg': {'crop_pct': 0.9, 'crop_mode': 'center'}, 'model_args': {'num_heads': 4}},
+            35,
+        ),
+        ('config.json', {'model_args': {'num_heads': 4}}, 37),
+    ],
+)
+def test_how_much_of_an_image_others_see(rng, tmp_path, name, content, edge):
+    kind = 'hf_vit' if name.startswith('pre') else 'timm_vit'
+    file(tmp_path / 'model.safetensors', arrays(made.encoder(rng), kind))
+    if kind == 'hf_vit':
+        files.save_json(tmp_path / 'config.json', {'num_attention_heads': 4})
+    files.save_json(tmp_path / name, content)
+    assert exchange.read(tmp_path).config.data.eval_resize == edge
 
 
 def test_weights_in_several_files(rng, tmp_path):
@@ -336,6 +385,9 @@ def test_other_things_are_refused(rng, tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, good, r'mean has 2 values', '--heads=4', '--mean=0.5,0.5')
     refused(capsys, tmp_path, good, r'unrecognized arguments: --size=3; --help', '--size=3')
     refused(capsys, tmp_path, good, '--teacher is for a workdir', '--heads=4', '--teacher')
+    refused(capsys, tmp_path, good, r"key is 'model_ema', which is for", '--heads=4', '--key=model_ema')
+    refused(capsys, tmp_path, good, r"pool is 'mean', which is for a classifier", '--heads=4', '--pool=mean')
+    refused(capsys, tmp_path, good, r'decoder_heads is 2, which is not for', '--heads=4', '--decoder_heads=2')
     refused(capsys, tmp_path, good, '--part is for an export', '--heads=4', '--part=encoder')
     refused(capsys, tmp_path, good, r"target is 'keras'", '--heads=4', '--target=keras')
     (tmp_path / 'index').mkdir()
@@ -446,7 +498,7 @@ def test_out_of_a_run_and_in_again(pretrained, tmp_path, capsys):  # noqa: F811
         c = knn.get_config()
         c.checkpoint, c.eval.batch_size, c.mesh.data, c.allow_cpu = str(source), 32, 1, True
         c.data.name, c.data.data_dir = 'fashion_mnist_12k', 'data'
-        c.data.train_split, c.data.test_split, c.data.eval_resize = 'train[:130]', 'test[:70]', 0
+        c.data.train_split, c.data.test_split = 'train[:130]', 'test[:70]'
         scores.append(tasks.run(c, tmp_path / f'knn{len(scores)}'))
     same = [{k: v for k, v in found.items() if k not in ('checkpoint', 'step')} for found in scores]
     assert same[0] == same[1]
