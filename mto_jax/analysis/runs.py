@@ -36,12 +36,14 @@ LOSSES = {
 }
 # What must be the same for the term of two runs to be compared.
 SAME_PROBE = ('data.name', 'data.data_dir', 'data.train_split', 'data.val_split', 'data.eval_resize')
-SAME_PROBE += ('eval.train_examples', 'eval.weights', 'eval.depth', 'eval.features')
+SAME_PROBE += ('data.image_size', 'data.num_classes', 'data.mask', 'data.mask_offset', 'data.ignore_label')
+SAME_PROBE += ('eval.train_examples', 'eval.weights', 'eval.depth', 'eval.features', 'eval.balanced')
+SAME_PROBE += ('eval.knn_temperature', 'task', 'probe.head')
 SAME_TARGET = ('method', 'mask_ratio', 'mae.norm_pix_loss', 'simmim.mask_unit', 'model.patch_size', 'data.name')
 SAME_TARGET += ('bootmae.norm_pix_loss', 'bootmae.weight_patches')
 SAME_TARGET += ('bootmae.block_patches', 'bootmae.block_area', 'bootmae.block_aspect')
 SAME_TARGET += ('data.data_dir', 'data.train_split', 'data.image_size', 'data.crop', 'data.mean', 'data.std')
-SAME_TARGET += ('data.crop_area', 'data.crop_aspect')
+SAME_TARGET += ('data.crop_area', 'data.crop_aspect', 'data.interpolation', 'data.randaugment')
 
 
 class Run:

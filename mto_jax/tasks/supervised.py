@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax.config import FIELDS
+from mto_jax.config import FIELDS, values
 from mto_jax.data import order, pipeline, randaugment, sources
 from mto_jax.errors import UserError
 from mto_jax.evals import probes
@@ -144,14 +144,19 @@ def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:
 
 
 def _require_used(config) -> None:
-    """Raises UserError for fields of the quick probes that a training on labels would ignore."""
-    ignored = ['features', 'train_examples', 'balanced', *['depth', 'depths'] * (config.task == 'finetune')]
-    for name in ignored:
-        given, default = config.eval[name], FIELDS[f'eval.{name}'].default
-        if given and given != default:  # what has been through JSON is an empty list where the default is a tuple
-            pool = 'classify.pool' if config.task == 'finetune' else 'probe.pool'
-            cure = f'; what the head sees is {pool}' if name == 'features' else ''
-            raise UserError(f'eval.{name} is {given!r}, which a {config.task} does not use; leave it out{cure}')
+    """Raises UserError for fields of other evaluations, which this training on labels would ignore."""
+    fields = dict(values(config))
+    ignored = ['eval.features', 'eval.train_examples', 'eval.balanced']
+    if config.task == 'finetune':
+        own, other = 'classify', 'probe'
+        ignored += ['eval.depth', 'eval.depths']
+    else:
+        own, other = 'probe', 'classify'
+    for name in (*ignored, *(n for n in fields if n.startswith(f'{other}.'))):
+        given, default = fields[name], FIELDS[name].default
+        if given != default and (given or default):  # from JSON, an empty list where the default is a tuple
+            cure = f'; what the head sees is {own}.pool' if name == 'eval.features' else ''
+            raise UserError(f'{name} is {given!r}, which a {config.task} does not use; leave it out{cure}')
 
 
 def _probing(start, encoder) -> Probing:

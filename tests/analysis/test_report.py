@@ -159,6 +159,16 @@ def test_nothing_is_best_where_targets_differ(runs, tmp_path):
         assert ('<strong>' in report.write_report(tmp_path, [runs[0], other]).read_text()) == comparable
 
 
+@pytest.mark.parametrize('change', [{}, {'eval': {'balanced': True}}, {'data': {'image_size': (56, 56)}}])
+def test_probes_of_two_kinds_are_not_compared(runs, tmp_path, change):
+    config = config_of(runs[0])
+    for group, fields_of in change.items():
+        config[group] |= fields_of
+    record(epath.Path(tmp_path / 'other'), config, read_history(runs[0]))
+    both = [analysis_runs.Run(epath.Path(folder), 'a run') for folder in (runs[0], tmp_path / 'other')]
+    assert analysis_runs.best(both, 'val_knn_1') is (None if change else max)
+
+
 def test_runs_of_one_name_are_told_apart(runs, tmp_path):
     folders = [epath.Path(tmp_path / s / 'mae') for s in 'ab']
     for f in folders:

@@ -26,7 +26,8 @@ def cut_down(c, pretrained):
     c.checkpoint = str(pretrained)
     c.data.crop_area, c.data.val_split = (0.5, 1.0), 'train[130:190]'
     c.batch_size, c.epochs, c.optim.warmup_epochs, c.allow_cpu = 32, 2.0, 0.5, True
-    c.probe.group, c.probe.heads = 16, 2
+    if c.task == 'probe':
+        c.probe.group, c.probe.heads = 16, 2
     c.model.dtype, c.mesh.data = 'float32', 1
     c.log_every, c.checkpoints.every, c.checkpoints.keep = 3, 4, 9
     c.eval.every_epochs, c.eval.batch_size = 1.0, 32

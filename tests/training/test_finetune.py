@@ -222,6 +222,7 @@ def test_a_label_beyond_the_classes_is_named(config, tmp_path, monkeypatch):
     [
         ('eval.features', 'class', r'eval\.features is .class., which a finetune does not use; .*classify\.pool'),
         ('eval.train_examples', 9, r'eval\.train_examples is 9'),
+        ('probe.group', 16, r'probe\.group is 16, which a finetune does not use'),
         ('eval.depths', (1, 0), r'eval\.depths is \[1, 0\]'),
         ('classify.pool', 'max', r'classify\.pool is .max.*fc_norm'),
         ('data.randaugment', 'x', r'data\.randaugment is .x.'),

@@ -365,6 +365,7 @@ def test_bad_label_maps_are_named(on_scenes, tmp_path, field, value, words):
     [
         ('optim.layer_decay', 0.5, r'optim\.layer_decay is 0\.5'),
         ('eval.balanced', True, r'eval\.balanced is True, which a probe does not use'),
+        ('classify.mixup', 0.0, r'classify\.mixup is 0\.0, which a probe does not use'),
         ('probe.group', 3, r'probe\.group is 3 images; it must divide the 32'),
         ('eval.depths', (1, 1), r'eval\.depths is .*different'),
         ('eval.depths', (3,), r'eval\.depths: 3 is too deep; the encoder has 2 blocks'),
