@@ -119,7 +119,7 @@ def variants_table(table: Table, budget: float) -> list[str]:
     columns = table.measured(budget)
     titles = ' | '.join(f'{METRICS[m]} | difference' for m in columns)
     lines = [
-        f'| variant | seeds | {titles} | reconstruction |',
+        f'| variant | seeds | {titles} | own loss |',
         '|---' * (2 * len(columns) + 3) + '|',
     ]
     rows = []
@@ -226,6 +226,7 @@ def write(path: Path) -> None:
     text = [
         f'Made from {path.name} by `python -m mto_jax.studies.report`. Accuracies in percent, differences in',
         f'points from {best} over paired seeds, with 95% t intervals.',
+        'The own loss is all that the method minimises besides MTO, on evaluation images under fixed masks.',
         f'An untrained network: {random or "not measured"}.',
     ]
     if table.has('het_own'):
@@ -235,13 +236,13 @@ def write(path: Path) -> None:
             'by the run’s own `mto.affinity` and `mto.scale_guard`. The two are not comparable.',
         ]
     if len(table.budgets) > 1:
-        if len(table.variants) > len(table.baselines):
-            text += ['', '### Half the epochs', '', *half_table(table)]
-        text += ['', '### Speed', '', *speed_table(table, table.baselines)]
+        text += _section('Half the epochs', half_table(table))
+        text += _section('Speed', speed_table(table, table.baselines))
         for base in table.baselines if len(table.baselines) > 1 else ():
-            text += ['', f'### Speed against `{base}` alone', '', *speed_table(table, [base])]
+            text += _section(f'Speed against `{base}` alone', speed_table(table, [base]))
     for budget in reversed(table.budgets):
-        text += ['', f'### {table.method}, {budget:g} epoch{"s" * (budget != 1)}', '', *variants_table(table, budget)]
+        title = f'{table.method}, {budget:g} epoch{"s" * (budget != 1)}'
+        text += _section(title, variants_table(table, budget))
     path.with_suffix('.md').write_text('\n'.join(text) + '\n')
     if len(table.budgets) > 1:
         _plot_budgets(table, path.with_suffix('.png'))
@@ -249,6 +250,11 @@ def write(path: Path) -> None:
             _plot_blocks(table, path.with_name(f'{path.stem}_blocks.png'))
     elif len(table.variants) > 1:
         _plot_variants(table, path.with_suffix('.png'))
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    """A heading and its table; nothing where the table has no line below its own heading."""
+    return ['', f'### {title}', '', *lines] if len(lines) > 2 else []
 
 
 def _plot_budgets(table: Table, path: Path) -> None:
@@ -324,7 +330,7 @@ def _plot_variants(table: Table, path: Path) -> None:
             axis.plot(gain.mean(), row, 'D', color='C1', markersize=5)
         axis.axvline(0, color='0.4', linewidth=1)
         axis.xaxis.set_major_locator(MaxNLocator(6))
-        axis.set_title(f'{METRICS.get(metric, "reconstruction loss")}, minus {base}', fontsize=10)
+        axis.set_title(f'{METRICS.get(metric, "own loss")}, minus {base}', fontsize=10)
         axis.set_yticks(range(len(others)), others, fontsize=8)
         axis.grid(alpha=0.3)
     fig.axes[0].invert_yaxis()

@@ -21,7 +21,9 @@ COLUMNS = (
     'linear',  # accuracies, as fractions
     'knn',
     'finetune',  # the accuracy after it; at the end only, and of the untrained network
-    'reconstruction',  # the method's own loss on evaluation images under fixed masks
+    # The method's own loss on evaluation images under fixed masks, without MTO's terms: in BootMAE the pixels' and the
+    # features', whose target is the run's own teacher; in ConMIM the contrast.
+    'reconstruction',
     *PER_BLOCK,
     'step_seconds',  # of training, all seeds of the dispatch together
     'commit',  # of the code that trained, see `environment.commit`
