@@ -45,15 +45,13 @@ def write_report(workdir: epath.Path, folders: Sequence[epath.Path], accuracies:
       accuracies: of probes on the test split, {label: one dict of accuracies per seed}, as `compare` measures them.
 
     Raises:
-      UserError: if a folder holds no run, a file of it is damaged, or the page cannot be written.
+      UserError: if a folder holds no run, or a file of it is damaged.
+      Temporary: if the page cannot be written.
     """
     folders = [epath.Path(f) for f in folders]
     text = _page(load(folders), accuracies or {})
     path = epath.Path(workdir) / 'report.html'
-    try:
-        write(path, text)
-    except OSError as e:
-        raise UserError(f'report: {path} cannot be written: {e.strerror or e}') from None
+    write(path, text)
     say(f'report: {path}')
     return path
 

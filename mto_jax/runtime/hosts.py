@@ -29,10 +29,16 @@ def start(hosts) -> None:
 
     Raises:
       Temporary: naming the hosts that did not come within `hosts.timeout` seconds.
+      UserError: for fields that name no hosts.
     """
     if jax.distributed.is_initialized():
         return
     found = find(hosts)
+    if found is None and (hosts.count, hosts.index) != (1, 0):
+        raise UserError(
+            f'hosts.count is {hosts.count} and hosts.index {hosts.index}, but hosts.coordinator is '
+            f'{hosts.coordinator!r} and no other host was found: give it as host:port, the same on every host'
+        )
     if found is None or found[1] == 1:
         return
     address, count, index = found
@@ -122,7 +128,7 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
             server = stack.enter_context(socket.create_server(('', int(port)), backlog=count))
         except OSError as e:
             raise Temporary(f'hosts.coordinator: port {port} cannot be opened on this host ({e.strerror})') from None
-        peers = []
+        peers, seats = [], {}
         while len(names) < count and not problem:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -144,17 +150,32 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # nobody in time, or somebody else knocked
             peers.append(peer)
-            if size != count or number in names or not 0 < number < count:
+            twice = number in names and not (number in seats and _has_left(seats[number]))
+            if size != count or twice or not 0 < number < count:
                 problem = (
                     f'host {name} reports as index {number} of {size}; this run has {count} hosts, and each needs an '
                     'index of its own'
                 )
-            names[number] = name
+            names[number], seats[number] = name, peer
         for peer in peers:
             with contextlib.suppress(OSError):
                 peer.sendall((json.dumps({'problem': problem, 'temporary': kind is Temporary}) + '\n').encode())
     if problem:
         raise kind(problem)
+
+
+def _has_left(peer: socket.socket) -> bool:
+    """Whether the other end has closed the connection: a host that was started again, or calls again."""
+    wait = peer.gettimeout()
+    peer.settimeout(0)
+    try:
+        return not peer.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        peer.settimeout(wait)
 
 
 def _report(host, port, count, index, deadline, timeout) -> None:

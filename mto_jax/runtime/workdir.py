@@ -1,6 +1,7 @@
 """A run's folder: local or remote (gs://...), one job at a time, and one config."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,9 @@ from mto_jax.runtime.hosts import flatten
 
 BEAT = 15.0  # seconds between two signs of life of the job that holds a workdir
 STALE = 60.0  # seconds without one after which it counts as dead
+SHARED = 30.0  # seconds within which all hosts see what one has written
 PART = '.part'  # ends the name of a file that is being written
+LOCK = 'lock.json'
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
@@ -32,9 +35,9 @@ def write(path: epath.Path, content: str | bytes) -> None:
     """
     try:
         _write(path, content)
-    except OSError as e:
+    except Exception as e:  # a bucket's errors are no OSError
         raise Temporary(
-            f'{path} cannot be written: {e.strerror or e}. Free some space or choose another --workdir; the same '
+            f'{path} cannot be written: {_reason(e)}. Free some space or choose another --workdir; the same '
             'command resumes'
         ) from None
 
@@ -45,10 +48,14 @@ def _write(path, content):
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
+    except Exception:
+        with contextlib.suppress(Exception):
             part.unlink(missing_ok=True)
         raise
+
+
+def _reason(e: Exception) -> str:
+    return getattr(e, 'strerror', None) or next(iter(str(e).splitlines()), type(e).__name__)
 
 
 @contextlib.contextmanager
@@ -57,18 +64,21 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 
     Raises:
       UserError: if it cannot be written. Nothing in it has changed then.
-      Temporary: if another job holds it; nothing in it has changed then. Or if another job has taken it, after this one
-        had stood still for too long.
+      Temporary: if its disk is full, a bucket does not answer, or another job holds it; nothing in it has changed then.
+        Or if another job has taken it, after this one had stood still for too long.
     """
     workdir = epath.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = _Lock(workdir / 'lock.json')
+        lock = _Lock(workdir / LOCK)
         lock.take()
         for left in workdir.glob(f'*{PART}'):  # by a job that was killed while it wrote
             left.unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f'the workdir {workdir} cannot be written: {e.strerror or e}') from None
+    except UserError:
+        raise
+    except Exception as e:
+        passes = not isinstance(e, OSError) or e.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (Temporary if passes else UserError)(f'the workdir {workdir} cannot be written: {_reason(e)}') from None
     try:
         yield
     except KeyboardInterrupt:
@@ -77,6 +87,23 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         raise
     finally:
         lock.release()
+
+
+def holder(workdir: epath.Path) -> str:
+    """What tells the job that holds the workdir from all others; '' where none does."""
+    return (_lock_in(epath.Path(workdir) / LOCK) or {}).get('token', '')
+
+
+def require_shared(workdir: epath.Path, token: str, wait: float = SHARED) -> None:
+    """Raises UserError where the job that holds the workdir on host 0, by its `holder`, is not seen to hold it here."""
+    deadline = time.monotonic() + wait
+    while holder(workdir) != token:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f'the workdir {workdir} is not the folder that host 0 writes to; on several hosts --workdir must be '
+                'one folder that all of them see, in a bucket (gs://...) or on a shared file system'
+            )
+        time.sleep(0.5)
 
 
 def require_same(workdir: epath.Path, config: Mapping[str, Any]) -> None:
@@ -157,7 +184,7 @@ def _lock_in(path: epath.Path) -> dict[str, Any] | None:
     """What a lock says; None where there is none that can be read."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except Exception:  # a bucket's errors are no OSError
         return None
 
 
@@ -190,29 +217,44 @@ class _Lock:
             if now and now['token'] != self._mine['token']:
                 self._refuse(now)
         else:
-            if other:
+            if other or self._abandoned():
                 self._remove(other)
-            try:
-                with open(self._path, 'x') as f:
-                    f.write(self._content())
-            except FileExistsError:
-                if now := self._read():
-                    self._refuse(now)
-                raise Temporary(
-                    f'{self._path} cannot be read: another job is about to take the workdir, or was killed when it '
-                    'did. Try again; if no job runs there, delete the file'
-                ) from None
+            self._create()
         self._thread.start()
 
-    def _remove(self, dead) -> None:
-        """Remove the lock of a dead job, unless another job has taken the workdir since."""
+    def _create(self) -> None:
+        try:
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            if now := self._read():
+                self._refuse(now)
+            raise Temporary(
+                f'{self._path} cannot be read: another job is about to take the workdir, or was killed when it did. '
+                f'Try again: after {STALE:g} s it counts as dead'
+            ) from None
+        try:
+            with os.fdopen(file, 'w') as f:
+                f.write(self._content())
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
+
+    def _abandoned(self) -> bool:
+        """True where a lock that says nothing is too old to be one that is being written."""
+        try:
+            return time.time() - os.stat(self._path).st_mtime > STALE
+        except FileNotFoundError:
+            return False
+
+    def _remove(self, dead: Mapping[str, Any] | None) -> None:
+        """Remove the lock of a dead job, None for one that says nothing, unless another has taken the workdir since."""
         aside = self._path.parent / f'{self._path.name}.{self._mine["token"]}'
         try:
             self._path.rename(aside)  # of several jobs that try, one moves the dead one's
         except FileNotFoundError:
             return
         now = _lock_in(aside)
-        if now and now['token'] == dead['token']:
+        if (now and now['token']) == (dead and dead['token']):
             aside.unlink()
             return
         aside.rename(self._path)
@@ -263,5 +305,5 @@ class _Lock:
                     return
                 print(f'error: {self.lost}', file=sys.stderr, flush=True)
                 os._exit(Temporary.exit_code)  # a job in the background, which ignores SIGINT
-            with contextlib.suppress(OSError):  # a full disk is reported by what else is written
+            with contextlib.suppress(Exception):  # a full disk is reported by what else is written
                 self._write()

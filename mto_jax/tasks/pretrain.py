@@ -39,6 +39,11 @@ def plan(config: ConfigDict) -> train.Plan:
       UserError: for a bad config or missing data, on any host.
     """
     with hosts.together():
+        if config.checkpoint:
+            raise UserError(
+                f'checkpoint is {config.checkpoint!r}, which a pre-training does not read; --config.init_from takes '
+                'its weights, --config.resume_from its whole state'
+            )
         mesh = train.devices(config)
         randaugment.parse(config.data)
         source = sources.open_source(config.data, config.data.train_split)

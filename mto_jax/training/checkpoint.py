@@ -32,6 +32,7 @@ FORMAT = 2  # of what is saved; 1 had no model state and another tree of the opt
 STATE = 'model_state.'  # begins the name of an item that holds an entry of the model state
 CONSTANTS = 'constants'  # of a run: a folder, and a file of their checksums
 ASIDE = 'damaged'  # where what cannot be restored is moved
+RESTORED = '_Checkpointer:restore'  # the barrier of orbax at which a host that has read waits for the others
 DELETION = 5.0  # seconds within which a checkpoint that is being deleted is gone
 
 T = TypeVar('T')
@@ -149,15 +150,10 @@ class Checkpointer:
         """
         steps = self.steps
         for step in reversed(steps):
-            problem, state = '', None
             try:
-                state = self.restore(abstract, step)
+                return self.restore(abstract, step)
             except Damaged as e:
                 problem = str(e)
-            problem = next(filter(None, hosts.gather(problem)), '')
-            if not problem:
-                return state
-            del state
             aside = self.workdir / ASIDE / str(step)
             say(f'{problem}. It is moved to {aside}, and the checkpoint before it is used.')
             self._put_aside(step, aside)
@@ -186,6 +182,7 @@ class Checkpointer:
           Damaged: if it cannot be read or is not what was saved.
         """
         self.require_current(step)
+        self.config(step)  # without which it cannot be resumed
         out = self._read(_items(abstract), step)
         return TrainState(
             jax.device_put(np.int32(step), abstract.step.sharding),
@@ -225,24 +222,43 @@ class Checkpointer:
             raise Damaged(f'the checkpoint {self.directory / str(step)} cannot be read ({_first_line(e)})') from e
 
     def _read(self, items: Mapping[str, Any], step: int) -> Mapping[str, Any]:
-        where = self.directory / str(step)
-        try:
+        with self._reading(step):
             for name, abstract in items.items():
                 self.check(abstract, step, name)
-            args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
+        args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
+        with self._reading(step, RESTORED):
             out = self._manager.restore(step, args=ocp.args.Composite(**args, about=ocp.args.JsonRestore()))
-            wrong = []
+        wrong = []
+        with self._reading(step):
             for name in items:
                 found, saved = checksums(out[name]), out['about']['checksums'][name]
                 wrong += [f'{name}/{path}' for path in found if found[path] != saved[path]]
-        except UserError:
-            raise
-        except Exception as e:  # whatever a reader makes of a damaged file
-            raise Damaged(f'the checkpoint {where} cannot be read ({type(e).__name__}: {_first_line(e)})') from e
         if wrong:
-            more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
+            where, more = self.directory / str(step), f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
             raise Damaged(f'the checkpoint {where} is damaged: the checksum of {", ".join(wrong[:3])}{more} differs')
         return out
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, barrier: str = ''):
+        """What cannot be read on one host is `Damaged` on all: those that can read it would wait for that host.
+
+        Args:
+          barrier: at which orbax makes them wait.
+        """
+        problem, cause = '', None
+        try:
+            yield
+        except Damaged as e:
+            problem, cause = str(e), e
+        except UserError:  # of a model, which is the same on all hosts
+            raise
+        except Exception as e:  # whatever a reader makes of a damaged file
+            where, cause = self.directory / str(step), e
+            problem = f'the checkpoint {where} cannot be read ({type(e).__name__}: {_first_line(e)})'
+        if problem and barrier and jax.process_count() > 1:
+            multihost_utils.sync_global_devices(barrier)
+        if problem := next(filter(None, hosts.gather(problem)), ''):
+            raise Damaged(problem) from cause
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that the checkpoint was saved with."""
@@ -253,10 +269,8 @@ class Checkpointer:
         return self._json(step, 'about')
 
     def _json(self, step, item):
-        try:
+        with self._reading(step, RESTORED):
             return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
-        except Exception as e:
-            raise Damaged(f'the checkpoint {self.directory / str(step)} cannot be read ({_first_line(e)})') from e
 
     def check(self, abstract: Any, step: int, item: str) -> None:
         """Compare the tree of a saved item with `abstract`.
@@ -418,15 +432,11 @@ def read(
         with hosts.together():
             workdir, step = locate(path, given)
         step = hosts.gather(step)[0]
-        problem, found = '', None
         with contextlib.closing(Checkpointer(workdir, read_only=True)) as reader:
             try:
-                found = load(reader, step)
+                return workdir, step, load(reader, step)
             except Damaged as e:
                 problem = str(e)
-        problem = next(filter(None, hosts.gather(problem)), '')
-        if not problem:
-            return workdir, step, found
         if not hosts.gather(_is_gone(workdir / NAME / str(step)))[0]:
             raise Damaged(problem)
         say(f'the checkpoint {workdir / NAME / str(step)} was deleted while it was read; looking for the next newest')

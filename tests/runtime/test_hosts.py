@@ -74,6 +74,18 @@ def test_an_index_used_twice_and_another_count_are_refused():
         assert any('reports as index 1 of' in text for text in out if text)
 
 
+def test_a_host_that_was_started_again_takes_its_own_place():
+    port = free_port()
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(hosts.roll_call, f'localhost:{port}', 3, 0, 20)
+        time.sleep(0.3)
+        with socket.create_connection(('localhost', port)) as killed:
+            killed.sendall(b'{"index": 1, "count": 3, "host": "a"}\n')
+            time.sleep(0.3)
+        others = [pool.submit(hosts.roll_call, f'localhost:{port}', 3, i, 20) for i in (1, 2)]
+        assert [f.result() for f in (first, *others)] == [None] * 3
+
+
 def test_a_stranger_does_not_disturb_the_roll_call():
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
@@ -135,6 +147,15 @@ def test_wrong_fields_are_named(fields, word):
     c.update(fields)
     with pytest.raises(UserError, match=word):
         hosts.find(c)
+
+
+@pytest.mark.parametrize('coordinator', ['auto', ''])
+def test_a_forgotten_coordinator_is_named(monkeypatch, coordinator):
+    c = base.get_config().hosts
+    c.update({'coordinator': coordinator, 'count': 2, 'index': 1})
+    monkeypatch.setattr(hosts, 'find', lambda _: None)
+    with pytest.raises(UserError, match=r'hosts\.count is 2 and hosts\.index 1, but hosts\.coordinator is'):
+        hosts.start(c)
 
 
 def test_differences_name_field_and_hosts():
@@ -345,6 +366,29 @@ def test_a_missing_or_differing_peer_fails_fast(tmp_path):
         assert 'config.optim.base_lr: 0.003 on host 0' in output(differing, i)
         assert '0.5 on host 1' in output(differing, i)
     assert not os.path.exists(f'{differing}/checkpoints')
+
+
+@pytest.mark.slow
+def test_a_workdir_on_the_disk_of_each_host_is_refused(tmp_path):
+    port = free_port()
+    processes = [p for i in (0, 1) for p in launch(str(tmp_path / 'ab'[i]), 2, port=port, only=[i])]
+    assert finish(processes) == [2, 2]
+    for name, index in (('a', 0), ('b', 1)):
+        assert f'host 1: the workdir {tmp_path}/b is not the folder' in output(str(tmp_path / name), index)
+        assert not (tmp_path / name / 'checkpoints').exists()
+
+
+@pytest.mark.slow
+def test_what_only_one_host_cannot_read_is_put_aside_by_both(tmp_path):
+    """Each reads its own part of what is split over them: the other does not wait for one whose part is damaged."""
+    workdir = str(tmp_path / 'run')
+    fields = FIELDS | {'model.width': 64, 'mesh.data': 1, 'mesh.fsdp': 4, 'eval.every_epochs': 0.0}
+    assert finish(launch(workdir, 2, own=fields)) == [0, 0], output(workdir)
+    for path in (tmp_path / 'run' / 'checkpoints' / '8').glob('*/ocdbt.process_1/d/*'):
+        os.truncate(path, path.stat().st_size // 2)
+    assert finish(launch(workdir, 2, own=fields)) == [0, 0], output(workdir) + output(workdir, 1)
+    assert f'It is moved to {workdir}/damaged/8' in output(workdir)
+    assert 'resuming at step 4' in output(workdir)
 
 
 @pytest.mark.slow

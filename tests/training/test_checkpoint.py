@@ -1,5 +1,6 @@
 """Checkpoints: checksums, damage, full disks, kills; and who holds a workdir."""
 
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from benchmarks import faults
 from configs import base, knn
 from mto_jax import tasks
 from mto_jax.analysis import plots
-from mto_jax.errors import UserError
+from mto_jax.errors import Temporary, UserError
 from mto_jax.runtime import log, parallel, workdir
 from mto_jax.tasks import pretrain
 from mto_jax.training import checkpoint, job
@@ -77,6 +78,17 @@ def test_damage_is_reported_and_the_one_before_is_used(finished_run, tmp_path, c
     assert f'It is moved to {tmp_path}/run/damaged/8' in out
     assert 'resuming at step 6' in out
     assert (tmp_path / 'run' / 'damaged' / '8').is_dir()
+
+
+@ORBAX_LEFTOVERS
+def test_a_damaged_config_in_a_checkpoint_is_damage_too(finished_run, tmp_path, capsys):
+    config, folder, _ = finished_run
+    shutil.copytree(folder, tmp_path / 'run')
+    (tmp_path / 'run' / 'checkpoints' / '8' / 'config' / 'metadata').write_text('{"seed"')
+    pretrain.run(config, tmp_path / 'run')
+    out = capsys.readouterr().out
+    assert f'It is moved to {tmp_path}/run/damaged/8' in out
+    assert 'resuming at step 6' in out
 
 
 def test_bits_that_the_reader_accepts_are_caught_by_the_checksum(finished_run, tmp_path):
@@ -266,7 +278,7 @@ def test_a_dead_jobs_workdir_is_taken_over_once(tmp_path, monkeypatch, content):
     read, seen = workdir._Lock._read, iter([dead if content else None])
     monkeypatch.setattr(workdir._Lock, '_dead', lambda self, other: True)
     monkeypatch.setattr(workdir._Lock, '_read', lambda self: next(seen, None) or read(self))
-    with pytest.raises(UserError, match='in use by process 7 on elsewhere' if content else 'delete the file'):
+    with pytest.raises(UserError, match='in use by process 7 on elsewhere' if content else 'cannot be read'):
         workdir.hold(tmp_path).__enter__()
     assert [p.name for p in tmp_path.iterdir()] == ['lock.json']
     assert lock.read_text() == content
@@ -295,6 +307,40 @@ def test_a_lock_that_is_just_being_written_is_put_back(tmp_path):
     (tmp_path / 'lock.json').write_text('')
     workdir._Lock(epath.Path(tmp_path / 'lock.json'))._remove({'token': 'x'})
     assert [p.name for p in tmp_path.iterdir()] == ['lock.json']
+
+
+def test_a_lock_that_says_nothing_is_dead_after_a_while(tmp_path):
+    """As it is left by a job that was killed between creating and writing it."""
+    lock = tmp_path / 'lock.json'
+    lock.write_text('')
+    with pytest.raises(Temporary, match='after 60 s it counts as dead'):
+        workdir.hold(tmp_path).__enter__()
+    os.utime(lock, (time.time() - 61,) * 2)
+    with workdir.hold(tmp_path):
+        assert json.loads(lock.read_text())['pid'] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir._Lock, '_content', full)
+        with pytest.raises(Temporary, match='cannot be written: No space left on device'):
+            workdir.hold(tmp_path).__enter__()
+    assert not list(tmp_path.iterdir())
+    with workdir.hold(tmp_path):
+        pass
+
+
+def test_all_hosts_must_see_one_workdir(tmp_path):
+    with workdir.hold(tmp_path / 'a'):
+        token = workdir.holder(tmp_path / 'a')
+        assert token
+        workdir.require_shared(tmp_path / 'a', token)
+        with pytest.raises(UserError, match='/b is not the folder that host 0 writes to'):
+            workdir.require_shared(tmp_path / 'b', token, wait=0.1)
 
 
 def test_another_hosts_job_is_watched(tmp_path, monkeypatch):
@@ -326,6 +372,32 @@ def test_writing_is_all_or_nothing(tmp_path):
     workdir.write(path, b'two')
     assert path.read_text() == 'two'
     assert [p.name for p in path.parent.iterdir()] == ['file']
+
+
+def test_errors_of_a_bucket_are_no_oserrors(tmp_path, monkeypatch):
+    """They are what may pass, and the job that holds a workdir goes on saying so once the bucket answers again."""
+
+    class Unavailable(Exception):  # as tensorflow's
+        pass
+
+    def fails(*_):
+        raise Unavailable('503: try again\nlater')
+
+    monkeypatch.setattr(workdir, 'BEAT', 0.05)
+    lock = tmp_path / 'lock.json'
+    with workdir.hold(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir, '_write', fails)
+            with pytest.raises(Temporary, match=r'x cannot be written: 503: try again\. Free'):
+                workdir.write(tmp_path / 'x', 'x')
+            time.sleep(0.2)
+        before, deadline = lock.read_text(), time.monotonic() + 10
+        while lock.read_text() == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert lock.read_text() != before
+    monkeypatch.setattr(workdir._Lock, 'take', fails)
+    with pytest.raises(Temporary, match=f'the workdir {tmp_path} cannot be written: 503: try again$'):
+        workdir.hold(tmp_path).__enter__()
 
 
 class FakeBucket(backend.os_backend.__class__):
