@@ -59,8 +59,9 @@ def _reason(e: Exception) -> str:
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.Path) -> Iterator[None]:
-    """Take the workdir for this job: only the job that holds it may write or clean in it.
+def hold(workdir: epath.Path) -> Iterator[str]:
+    """Take the workdir for this job: only the job that holds it may write or clean in it. For `require_shared`, what
+    tells this job from all others.
 
     Raises:
       UserError: if it cannot be written. Nothing in it has changed then.
@@ -80,7 +81,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         passes = not isinstance(e, OSError) or e.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (Temporary if passes else UserError)(f'the workdir {workdir} cannot be written: {_reason(e)}') from None
     try:
-        yield
+        yield lock.token
     except KeyboardInterrupt:
         if lock.lost:
             raise Temporary(lock.lost) from None
@@ -89,15 +90,10 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         lock.release()
 
 
-def holder(workdir: epath.Path) -> str:
-    """What tells the job that holds the workdir from all others; '' where none does."""
-    return (_lock_in(epath.Path(workdir) / LOCK) or {}).get('token', '')
-
-
 def require_shared(workdir: epath.Path, token: str, wait: float = SHARED) -> None:
-    """Raises UserError where the job that holds the workdir on host 0, by its `holder`, is not seen to hold it here."""
+    """Raises UserError where the workdir here is not held by the job of `token`, which `hold` gave on host 0."""
     deadline = time.monotonic() + wait
-    while holder(workdir) != token:
+    while (_lock_in(epath.Path(workdir) / LOCK) or {}).get('token') != token:
         if time.monotonic() > deadline:
             raise UserError(
                 f'the workdir {workdir} is not the folder that host 0 writes to; on several hosts --workdir must be '
@@ -193,7 +189,8 @@ class _Lock:
 
     def __init__(self, path: epath.Path):
         self._path = path
-        self._mine = {'token': uuid.uuid4().hex, 'host': socket.gethostname(), 'pid': os.getpid()}
+        self.token = uuid.uuid4().hex
+        self._mine = {'token': self.token, 'host': socket.gethostname(), 'pid': os.getpid()}
         self.lost = ''  # how another job took the workdir from this one
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name='workdir lock')
@@ -214,7 +211,7 @@ class _Lock:
             self._write()
             time.sleep(2.0)  # a remote file system has no exclusive creation: see who wrote last
             now = self._read()
-            if now and now['token'] != self._mine['token']:
+            if now and now['token'] != self.token:
                 self._refuse(now)
         else:
             if other or self._abandoned():
@@ -248,7 +245,7 @@ class _Lock:
 
     def _remove(self, dead: Mapping[str, Any] | None) -> None:
         """Remove the lock of a dead job, None for one that says nothing, unless another has taken the workdir since."""
-        aside = self._path.parent / f'{self._path.name}.{self._mine["token"]}'
+        aside = self._path.parent / f'{self._path.name}.{self.token}'
         try:
             self._path.rename(aside)  # of several jobs that try, one moves the dead one's
         except FileNotFoundError:
@@ -265,7 +262,7 @@ class _Lock:
         self._stop.set()
         self._thread.join()
         now = self._read()
-        if now and now['token'] == self._mine['token']:
+        if now and now['token'] == self.token:
             self._path.unlink()
 
     def _refuse(self, other):
@@ -284,7 +281,7 @@ class _Lock:
             return True
         except OSError:
             return False
-        return other['pid'] == self._mine['pid'] and other['token'] != self._mine['token']
+        return other['pid'] == self._mine['pid'] and other['token'] != self.token
 
     def _read(self) -> dict[str, Any] | None:
         return _lock_in(self._path)
@@ -298,7 +295,7 @@ class _Lock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
             now = self._read()
-            if now and now['token'] != self._mine['token']:  # this process stood still and counted as dead
+            if now and now['token'] != self.token:  # this process stood still and counted as dead
                 self.lost = f'{self._taken(now)}, which took over while this one stood still'
                 if callable(signal.getsignal(signal.SIGINT)):
                     os.kill(os.getpid(), signal.SIGINT)

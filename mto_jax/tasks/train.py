@@ -18,7 +18,7 @@ from mto_jax.data import augment, pipeline, sources
 from mto_jax.errors import UserError
 from mto_jax.runtime import cpu, environment, hosts, parallel, preemption
 from mto_jax.runtime.log import describe_params, read_history, say
-from mto_jax.runtime.workdir import hold, holder, record, require_same, require_shared
+from mto_jax.runtime.workdir import hold, record, require_same, require_shared
 from mto_jax.training import checkpoint, profile, train_state
 from mto_jax.training.feed import Streamed
 from mto_jax.training.job import Job
@@ -180,10 +180,11 @@ def _feed(plan, part, start) -> Streamed:
 def _held(workdir):
     """Hold the workdir, in the first process, for all of them; raises UserError where some see another folder."""
     with contextlib.ExitStack() as stack:
+        token = ''
         with hosts.together():
             if hosts.is_first():
-                stack.enter_context(hold(workdir))
-        token = hosts.gather(holder(workdir))[0]
+                token = stack.enter_context(hold(workdir))
+        token = hosts.gather(token)[0]
         with hosts.together():
             require_shared(workdir, token)
         yield

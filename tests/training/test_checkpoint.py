@@ -335,9 +335,7 @@ def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
 
 
 def test_all_hosts_must_see_one_workdir(tmp_path):
-    with workdir.hold(tmp_path / 'a'):
-        token = workdir.holder(tmp_path / 'a')
-        assert token
+    with workdir.hold(tmp_path / 'a') as token:
         workdir.require_shared(tmp_path / 'a', token)
         with pytest.raises(UserError, match='/b is not the folder that host 0 writes to'):
             workdir.require_shared(tmp_path / 'b', token, wait=0.1)
