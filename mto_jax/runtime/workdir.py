@@ -263,7 +263,8 @@ class _Lock:
         self._thread.join()
         now = self._read()
         if now and now['token'] == self.token:
-            self._path.unlink()
+            with contextlib.suppress(Exception):  # it counts as dead then
+                self._path.unlink()
 
     def _refuse(self, other):
         raise Temporary(f'{self._taken(other)}; end that job, or choose another --workdir')
