@@ -74,27 +74,18 @@ def test_an_index_used_twice_and_another_count_are_refused():
         assert any('reports as index 1 of' in text for text in out if text)
 
 
-def test_a_host_that_was_started_again_takes_its_own_place():
+@pytest.mark.parametrize('words', [b'GET / HTTP/1.1\n', b'{"index": 1, "count": 3, "host": "a"}\n'])
+def test_who_has_left_does_not_disturb_the_roll_call(words):
+    """A stranger, and a host that is started again: it takes its own place."""
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(hosts.roll_call, f'localhost:{port}', 3, 0, 20)
         time.sleep(0.3)
-        with socket.create_connection(('localhost', port)) as killed:
-            killed.sendall(b'{"index": 1, "count": 3, "host": "a"}\n')
+        with socket.create_connection(('localhost', port)) as s:
+            s.sendall(words)
             time.sleep(0.3)
         others = [pool.submit(hosts.roll_call, f'localhost:{port}', 3, i, 20) for i in (1, 2)]
         assert [f.result() for f in (first, *others)] == [None] * 3
-
-
-def test_a_stranger_does_not_disturb_the_roll_call():
-    port = free_port()
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(hosts.roll_call, f'localhost:{port}', 2, 0, 20)
-        time.sleep(0.3)
-        with socket.create_connection(('localhost', port)) as s:
-            s.sendall(b'GET / HTTP/1.1\n')
-        second = pool.submit(hosts.roll_call, f'localhost:{port}', 2, 1, 20)
-        assert first.result() is second.result() is None
 
 
 @pytest.mark.parametrize(
