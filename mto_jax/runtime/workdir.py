@@ -180,7 +180,7 @@ def _lock_in(path: epath.Path) -> dict[str, Any] | None:
     """What a lock says; None where there is none that can be read."""
     try:
         return json.loads(path.read_text())
-    except Exception:  # a bucket's errors are no OSError
+    except (OSError, ValueError):
         return None
 
 
@@ -261,9 +261,9 @@ class _Lock:
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        now = self._read()
-        if now and now['token'] == self.token:
-            with contextlib.suppress(Exception):  # it counts as dead then
+        with contextlib.suppress(Exception):  # it counts as dead then
+            now = self._read()
+            if now and now['token'] == self.token:
                 self._path.unlink()
 
     def _refuse(self, other):
@@ -295,7 +295,10 @@ class _Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
-            now = self._read()
+            try:
+                now = self._read()
+            except Exception:  # a bucket's errors are no OSError: it may answer at the next beat
+                continue
             if now and now['token'] != self.token:  # this process stood still and counted as dead
                 self.lost = f'{self._taken(now)}, which took over while this one stood still'
                 if callable(signal.getsignal(signal.SIGINT)):

@@ -233,6 +233,7 @@ class Checkpointer:
             for name in items:
                 found, saved = checksums(out[name]), out['about']['checksums'][name]
                 wrong += [f'{name}/{path}' for path in found if found[path] != saved[path]]
+        wrong = next(filter(None, hosts.gather(wrong)), [])  # each host has read what is not split over them
         if wrong:
             where, more = self.directory / str(step), f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
             raise Damaged(f'the checkpoint {where} is damaged: the checksum of {", ".join(wrong[:3])}{more} differs')
@@ -258,7 +259,10 @@ class Checkpointer:
         if problem and barrier and jax.process_count() > 1:
             multihost_utils.sync_global_devices(barrier)
         if problem := next(filter(None, hosts.gather(problem)), ''):
-            raise Damaged(problem) from cause
+            try:
+                raise Damaged(problem) from cause
+            finally:
+                del cause  # it refers to this frame: what was restored would stay on the devices
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that the checkpoint was saved with."""

@@ -68,7 +68,7 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
             if optim[name] != unused:
                 raise UserError(
                     f'optim.{name} is {optim[name]!r}, which is of the cosine alone; with multistep it must be '
-                    f'{unused!r}: leave it out, or set --config.optim.schedule=cosine'
+                    f'{unused!r}: set --config.optim.{name}={unused}, or --config.optim.schedule=cosine'
                 )
         bounds = {to_steps(e, steps_per_epoch) - warmup: optim.decay_factor for e in optim.decay_epochs}
         epochs = total_steps / steps_per_epoch
