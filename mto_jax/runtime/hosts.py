@@ -150,7 +150,7 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # nobody in time, or somebody else knocked
             peers.append(peer)
-            twice = number in names and not (number in seats and _has_left(seats[number]))
+            twice = number in seats and not _has_left(seats[number])
             if size != count or twice or not 0 < number < count:
                 problem = (
                     f'host {name} reports as index {number} of {size}; this run has {count} hosts, and each needs an '

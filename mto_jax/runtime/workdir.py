@@ -184,6 +184,14 @@ def _lock_in(path: epath.Path) -> dict[str, Any] | None:
         return None
 
 
+def _abandoned(path: epath.Path) -> bool:
+    """True for a lock that says nothing and is too old to be one that is being written."""
+    try:
+        return _lock_in(path) is None and time.time() - os.stat(path).st_mtime > STALE
+    except FileNotFoundError:
+        return False
+
+
 class _Lock:
     """A file that says who holds the workdir, refreshed by a thread."""
 
@@ -214,7 +222,7 @@ class _Lock:
             if now and now['token'] != self.token:
                 self._refuse(now)
         else:
-            if other or self._abandoned():
+            if other or _abandoned(self._path):
                 self._remove(other)
             self._create()
         self._thread.start()
@@ -236,13 +244,6 @@ class _Lock:
             self._path.unlink(missing_ok=True)
             raise
 
-    def _abandoned(self) -> bool:
-        """True where a lock that says nothing is too old to be one that is being written."""
-        try:
-            return time.time() - os.stat(self._path).st_mtime > STALE
-        except FileNotFoundError:
-            return False
-
     def _remove(self, dead: Mapping[str, Any] | None) -> None:
         """Remove the lock of a dead job, None for one that says nothing, unless another has taken the workdir since."""
         aside = self._path.parent / f'{self._path.name}.{self.token}'
@@ -251,7 +252,7 @@ class _Lock:
         except FileNotFoundError:
             return
         now = _lock_in(aside)
-        if (now and now['token']) == (dead and dead['token']):
+        if (now and now['token'] == dead['token']) if dead else _abandoned(aside):
             aside.unlink()
             return
         aside.rename(self._path)

@@ -228,15 +228,15 @@ class Checkpointer:
         args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
         with self._reading(step, RESTORED):
             out = self._manager.restore(step, args=ocp.args.Composite(**args, about=ocp.args.JsonRestore()))
-        wrong = []
         with self._reading(step):
+            wrong = []
             for name in items:
                 found, saved = checksums(out[name]), out['about']['checksums'][name]
                 wrong += [f'{name}/{path}' for path in found if found[path] != saved[path]]
-        wrong = next(filter(None, hosts.gather(wrong)), [])  # each host has read what is not split over them
-        if wrong:
-            where, more = self.directory / str(step), f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-            raise Damaged(f'the checkpoint {where} is damaged: the checksum of {", ".join(wrong[:3])}{more} differs')
+            if wrong:
+                where = self.directory / str(step)
+                named = ', '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
+                raise Damaged(f'the checkpoint {where} is damaged: the checksum of {named} differs')
         return out
 
     @contextlib.contextmanager
@@ -246,23 +246,20 @@ class Checkpointer:
         Args:
           barrier: at which orbax makes them wait.
         """
-        problem, cause = '', None
+        problem = ''
         try:
             yield
         except Damaged as e:
-            problem, cause = str(e), e
+            problem = str(e)
         except UserError:  # of a model, which is the same on all hosts
             raise
         except Exception as e:  # whatever a reader makes of a damaged file
-            where, cause = self.directory / str(step), e
+            where = self.directory / str(step)
             problem = f'the checkpoint {where} cannot be read ({type(e).__name__}: {_first_line(e)})'
         if problem and barrier and jax.process_count() > 1:
             multihost_utils.sync_global_devices(barrier)
         if problem := next(filter(None, hosts.gather(problem)), ''):
-            try:
-                raise Damaged(problem) from cause
-            finally:
-                del cause  # it refers to this frame: what was restored would stay on the devices
+            raise Damaged(problem)
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that the checkpoint was saved with."""
