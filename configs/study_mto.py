@@ -5,7 +5,7 @@
 `pilot`: the baseline alone, which chooses the regime. `rates`: its learning rate. `readings`: interpretations of MTO
 that configs/study_simmim.py and configs/study_mae.py do not have. `weights`: forms of `full`. `precision`: the baseline
 in bfloat16. The last four train one epoch, and all five are measured on validation images. On the test images: `main`
-(baseline, `full` and `tuned`), `ablation` and `fading`.
+(baseline, `full` and `tuned`), `ablation`, `fading` and `apart`.
 """
 
 from configs import bootmae, conmim, presets, quickstart, study_mae, study_simmim
@@ -149,6 +149,16 @@ def fading(c):
     return at_half(c)
 
 
+def apart(c):
+    """Visible tokens that read masked ones in no block, at E/2: they learn not to (L_spa), or cannot (`exclude`)."""
+    c.study.variants = {
+        'baseline': {},
+        'spa 3, all blocks': mto(w_spa=3.0, spa_depth='equal'),
+        'exclude in all blocks': mto(recalibration='exclude', exclude_blocks=-1),
+    }
+    return at_half(c)
+
+
 def precision(c):
     """Training in bfloat16, with the residual stream in bfloat16 too, or in float32 as under PyTorch's autocast."""
     half = {'dtype': 'bfloat16'}
@@ -168,6 +178,7 @@ STAGES = {
     'main': main,
     'ablation': ablation,
     'fading': fading,
+    'apart': apart,
     'precision': precision,
 }
 

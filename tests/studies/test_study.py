@@ -571,7 +571,7 @@ def test_budgets_scale_the_schedule(two_runs):
 STAGES = [(m, s) for m in (study_simmim, study_mae) for s in ('tune', 'explore', 'refine', 'confirm')]
 STAGES += [(study_mto, f'{m},{s}') for m in study_mto.METHODS for s in study_mto.STAGES]
 STAGES += [(module, m) for module in (study_gpu, study_cifar10) for m in study_mto.METHODS]
-STAGES += [(study_cifar10, f'{m},fading') for m in study_mto.METHODS]
+STAGES += [(study_cifar10, f'{m},{s}') for m in study_mto.METHODS for s in ('fading', 'apart')]
 STAGES += [(study_openclipart, f'{m},{fold}') for m in ('mae', 'simmim') for fold in study_openclipart.FOLDS]
 
 
