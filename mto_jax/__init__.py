@@ -1,3 +1,3 @@
 """Masked image modelling of Vision Transformers with masked token optimization (MTO), in JAX."""
 
-__version__ = '0.12.0'
+__version__ = '0.13.0'

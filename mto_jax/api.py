@@ -194,10 +194,7 @@ class Model:
         for i, batch in enumerate(self._batches(images)):
             key = jax.random.fold_in(jax.random.key(seed), i)
             # Without padding: images in a batch may share statistics, and all count in the means.
-            try:
-                seen = _diagnosis(objective, part, self.params, self.model_state, batch, key)
-            except NotImplementedError:
-                raise self._no_decoder('loss') from None
+            seen = _diagnosis(objective, part, self.params, self.model_state, batch, key)
             yield jax.device_get(seen), len(batch)
 
     def _no_decoder(self, what: str) -> UserError:

@@ -43,7 +43,8 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
         from mto_jax.errors import UserError
 
         file, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
-        name = Path(file).stem + (f'_{argument}' if argument else '')
+        # A comma would lie between two runs in report.runs.
+        name = '_'.join([Path(file).stem, *argument.split(',')]).rstrip('_')
         config = _CONFIG.value
         try:
             _expand_home(config)

@@ -49,9 +49,10 @@ def each(rule: Rule, count: int = 0) -> Rule:
     )
 
 
-def none_or_each(rule: Rule) -> Rule:
+def different(rule: Rule) -> Rule:
+    """A sequence of at least one, without a value twice."""
     ok, words = rule
-    return lambda v: all(map(ok, v)) and len(set(v)) == len(v), f'any number of different values, each {words}'
+    return lambda v: len(v) > 0 and all(map(ok, v)) and len(set(v)) == len(v), f'different values, each {words}'
 
 
 def none_or(rule: Rule) -> Rule:
@@ -124,7 +125,8 @@ def _optim(group: str, kind: Callable[..., Field] = shapes) -> dict[str, Field]:
         'warmup_inclusive': kind(False),
         'warmup_prefix': kind(True),  # False, as in timm: the cosine runs from step 0 on, behind the warm-up
         'min_lr': kind(0.0, at_least(0)),  # where the cosine ends; absolute
-        'decay_epochs': kind((), none_or_each(above(0))),  # multistep: where the rate is multiplied by decay_factor
+        # multistep: where the rate is multiplied by decay_factor
+        'decay_epochs': kind((), none_or(different(above(0)))),
         'decay_factor': kind(0.1, above(0)),
         # factor of the rate per block, from the head down; 1: none
         'layer_decay': kind(1.0, PORTION),
@@ -155,7 +157,7 @@ FIELDS: dict[str, Field] = {
     'data.data_dir': shows('', replaces=True),  # '' for TFDS' own default
     'data.train_split': shapes('train', replaces=True),
     'data.val_split': shows('validation', replaces=True),  # watched during development
-    'data.test_split': shows('validation', replaces=True),  # reported by task=knn and task=linear
+    'data.test_split': shows('validation', replaces=True),  # what evaluations, comparisons and studies report
     # height, width; an evaluation at another size interpolates what the encoder learned per position
     'data.image_size': shapes((224, 224), each(integer(1), 2), replaces=True),
     'data.channels': shapes(3, at_least(1)),
@@ -288,7 +290,8 @@ FIELDS: dict[str, Field] = {
     'checkpoints.every': shows(1000, at_least(0), trains=True),  # steps; 0: only the last, which is always saved
     'checkpoints.keep': shows(2, at_least(1), trains=True),  # newest ones kept; the best is kept in addition
     # --- Probes of frozen features
-    'eval.every_epochs': shows(0.0, at_least(0), own=True),  # kNN during pre-training on val_split; 0: never
+    # kNN of a pre-training, or the scores of a training on labels, on val_split; 0: never
+    'eval.every_epochs': shows(0.0, at_least(0), own=True),
     'eval.batch_size': shows(512, at_least(1), own=True),
     # how many training images the probes use, a fixed random subset; 0: all
     'eval.train_examples': shows(0, at_least(0), own=True),
@@ -297,7 +300,7 @@ FIELDS: dict[str, Field] = {
     'eval.weights': shows('student', one_of('student', 'teacher'), own=True),
     'eval.depth': shows(0, at_least(0), own=True),  # blocks to apply; 0 for all and the final norm
     # tasks knn, linear and probe: several such, of which the best is named; () for eval.depth alone
-    'eval.depths': shapes((), none_or_each(integer(0)), own=True),
+    'eval.depths': shapes((), none_or(different(integer(0))), own=True),
     'eval.knn_k': shows((1, 5, 10, 20), each(integer(1)), own=True),
     'eval.knn_temperature': shows(0.07, above(0), own=True),
     # chosen on a held-out tenth of the training features, per class
@@ -306,7 +309,7 @@ FIELDS: dict[str, Field] = {
     'eval.balanced': shows(False, own=True),
     'eval.linear_steps': shows(200, at_least(1), own=True),  # L-BFGS iterations
     # --- task=compare
-    'compare.seeds': shows((0,), each(SEED)),  # one pre-training with and one without MTO for each
+    'compare.seeds': shows((0,), different(SEED)),  # one pre-training with and one without MTO for each
     # --- task=report
     'report.runs': shows(''),  # workdirs of runs, separated by commas
     # --- task=finetune
@@ -332,7 +335,7 @@ FIELDS: dict[str, Field] = {
     **_optim('finetune.optim', shows),
     # --- python -m mto_jax.studies
     'study.variants': shows({}),  # {name: {field: value}}: changes to this; one is 'baseline', more may begin so
-    'study.seeds': shows((0,), none_or_each(SEED)),
+    'study.seeds': shows((0,), different(SEED)),
     'study.budgets': shows(()),  # epochs of each training; () for `epochs`. The warm-up and the decays scale along
     # of a training of the largest budget, evenly spaced; the others: at their end only
     'study.evaluations': shows(4, at_least(1)),

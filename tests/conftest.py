@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -34,6 +35,7 @@ logging.set_verbosity(logging.ERROR)
 # To trace a model makes a million objects that stay: the default looks through all of them again and again.
 gc.set_threshold(100_000, 50, 50)
 QUICK = os.environ['XLA_FLAGS'].rpartition(' ')[0]  # without the number of devices
+NOWHERE = epath.Path('nowhere')  # a workdir that does not exist
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -218,6 +218,8 @@ def test_a_field_by_itself(fails, field, value):
         ({'data.train_split': 'train[:0]'}, 'empty'),
         ({'task': 'knn'}, 'checkpoint is'),
         ({'task': 'linear', 'checkpoint': '/no/where'}, 'checkpoint is'),
+        ({'task': 'compare', 'seed': 1}, 'seed is 1, which a comparison does not use'),
+        ({'task': 'compare', 'compare.seeds': (1, 1)}, 'compare.seeds is (1, 1); it must be different values'),
         ({'task': 'compare', 'mto.rows': 'some'}, 'mto.rows'),
         ({'task': 'compare', 'mto.blocks': (7,)}, 'mto.blocks'),
         ({'task': 'compare', 'model.heads': 3}, 'model.heads'),

@@ -16,7 +16,7 @@ def load(data, split: str) -> tuple[np.ndarray, np.ndarray]:
     Args:
       data: `config.data`. Where `data_dir` ends in .npz, the split 'train' is its arrays train_image and train_label,
         and neither TensorFlow nor TFDS is needed; else the data set is decoded as an evaluation reads it.
-      split: a name or a slice, 'train[:90%]', 'train[100:]'; or several, with + between them.
+      split: a name or a slice, 'train[:90%]', 'train[100:]'; or several with + between them, but of a folder.
 
     Raises:
       UserError: if there are no such data, or the images are not of the config's size.

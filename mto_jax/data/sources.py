@@ -249,9 +249,12 @@ def _open_tfds(data, split: str) -> Tfds:
     splits = builder.info.splits
     try:
         count = splits[split].num_examples
-    except (KeyError, ValueError):
-        raise UserError(f'data: {builder.name} has no split {split!r}; it has {", ".join(splits) or "none"}') from None
-    if not count:
+    except (KeyError, ValueError) as e:
+        why = f' ({" ".join(str(e).split())})' if isinstance(e, ValueError) else ''  # a part that it has not
+        raise UserError(
+            f'data: {builder.name} has no split {split!r}{why}; it has {", ".join(splits) or "none"}'
+        ) from None
+    if count <= 0:
         raise UserError(f'data: the split {split!r} of {builder.name} is empty')
     if 'image' not in builder.info.features:
         raise UserError(f'data: {builder.name} has no feature "image"; it has {", ".join(builder.info.features)}')

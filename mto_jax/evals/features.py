@@ -61,19 +61,31 @@ def weights(state: TrainState, c) -> Any:
     return state.params if c.weights == 'student' else state.model_state['teacher']
 
 
+def depths(c, arch) -> tuple[int, ...]:
+    """After how many blocks `config.eval` takes features, at one or several depths; 0 for all and the final norm.
+
+    Raises:
+      UserError: if the encoder has fewer.
+    """
+    found, name = (tuple(c.depths), 'eval.depths') if c.depths else ((c.depth,), 'eval.depth')
+    if deepest := [d for d in found if d > arch.depth]:
+        raise UserError(f'{name}: {deepest[0]} is too deep; the encoder has {arch.depth} blocks')
+    return found
+
+
 def encoder(method: Method, config) -> Callable:
     """`(params, uint8 images) -> float32 (B, D)`, jitted: the features that `config.eval` names.
 
     Raises:
       UserError: for unknown features, a class token the model does not have, or a depth it does not reach.
     """
-    kind, depth, arch = config.eval.features, config.eval.depth or None, method.arch
+    kind, arch = config.eval.features, method.arch
     if kind not in FEATURES:
         raise UserError(f'eval.features is {kind!r}; it must be one of {", ".join(FEATURES)}')
     if kind == 'class' and not arch.class_token:
         raise UserError("eval.features is 'class' but the model has no class token (model.class_token)")
-    if depth and not 1 <= depth <= arch.depth:
-        raise UserError(f'eval.depth is {depth}; the encoder has {arch.depth} blocks')
+    depths(config.eval, arch)
+    depth = config.eval.depth or None
 
     @jax.jit
     def encode(params, images):
@@ -165,5 +177,8 @@ def collect(encode: Callable, params, batches: Iterator, mesh) -> Bank:
         parts = [_joined(parts[i : i + JOINED], mesh) for i in range(0, len(parts), JOINED)]
     (bank,) = parts
     if ((bank.labels < 0) & bank.valid).any():
-        raise UserError('evaluation: the data set has no feature "label", so probes cannot run on it')
+        raise UserError(
+            'evaluation: an image has no label (a negative one, or the data set has no feature "label"); probes need '
+            'one of every image: name labelled splits'
+        )
     return bank

@@ -34,8 +34,8 @@ def check(method: methods.Method, config, mesh, *splits: str, task: str = 'a pro
 def eval_part(batch_size: int, mesh) -> parallel.Part:
     """This process's rows of evaluation batches; raises UserError where these do not split over the mesh."""
     shards = parallel.batch_shards(mesh)
-    if batch_size < 1 or batch_size % shards:
+    if batch_size % shards:
         raise UserError(
-            f'eval.batch_size is {batch_size}; it must be a positive multiple of the {shards} devices along the batch'
+            f'eval.batch_size is {batch_size}; it must be a multiple of the {shards} devices along the batch'
         )
     return parallel.local_part(batch_size, mesh)

@@ -85,8 +85,14 @@ def say(text: str) -> None:
 
 
 def described(values: Mapping[str, Any]) -> str:
-    """Names and values on one line, floats to four decimals."""
-    return ', '.join(f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n, v in values.items())
+    """Names and values on one line; floats to four decimals, small ones to two digits."""
+
+    def shown(v):
+        if not isinstance(v, float):
+            return str(v)
+        return f'{v:.1e}' if 0 < abs(v) < 1e-3 else f'{v:.4f}'
+
+    return ', '.join(f'{name} {shown(v)}' for name, v in values.items())
 
 
 def describe_params(params) -> str:

@@ -10,7 +10,7 @@ from mto_jax.errors import UserError
 from mto_jax.evals import features
 from mto_jax.methods import Method
 from mto_jax.runtime import parallel
-from mto_jax.training import feed, job, schedules, train_state
+from mto_jax.training import feed, job, optim, schedules, train_state
 from mto_jax.training.classify import Classification
 from mto_jax.training.loop import fit
 
@@ -29,16 +29,16 @@ def steps(c, num_examples: int) -> tuple[int, int, int, int]:
       num_examples: of the training split.
 
     Raises:
-      UserError: if its warm-up is not shorter than it.
+      UserError: for an optimizer that cannot be; it names the fields as `config.finetune` has them.
     """
     count = len(subset(num_examples, c.label_share, 0))
     batch_size = min(c.batch_size, count)
     per_epoch = order.steps_per_epoch(count, batch_size)
     total = schedules.to_steps(c.epochs, per_epoch)
     try:
-        schedules.learning_rate(c.optim, batch_size, total, per_epoch)
+        optim.build(c.optim, schedules.learning_rate(c.optim, batch_size, total, per_epoch))
     except UserError as e:
-        raise UserError(f'finetune.{e}') from None
+        raise UserError('finetune.' + str(e).replace('--config.', '--config.finetune.')) from None
     return count, batch_size, total, per_epoch
 
 

@@ -51,7 +51,13 @@ class Table:
                     f'{path} has runs of two configs for {which[0]!r}, {which[1]:g} epochs ({configs[which]} and '
                     f'{row["config"]} in the column config), which cannot be compared as one: keep the rows of one'
                 )
-        names = sorted({r['variant'] for r in self._rows} - {BASELINE})
+        found = {r['variant'] for r in self._rows}
+        if BASELINE not in found:
+            raise UserError(
+                f'{path} has no run of {BASELINE!r}, which all others are compared with; where machines divide a grid, '
+                'put the rows of all their tables into one'
+            )
+        names = sorted(found - {BASELINE})
         self.baselines = [BASELINE, *(n for n in names if n.startswith(BASELINE))]
         self.variants = self.baselines + [n for n in names if n not in self.baselines]
         self.budgets = sorted({r['budget'] for r in self._rows})

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mto_jax.config import FIELDS, values
+from mto_jax.config import FIELDS, check, values
 from mto_jax.data import memory, order
 from mto_jax.errors import UserError
 from mto_jax.evals import features, frozen
@@ -48,7 +48,7 @@ def grid(config: ConfigDict) -> Iterator[tuple[str, float, tuple[int, ...], Conf
       UserError: for a variant that names an unknown field, gives it a value of another type, or has other images.
     """
     study = config.study
-    size = max(1, study.seeds_at_once)
+    size = study.seeds_at_once
     groups = [tuple(study.seeds[i : i + size]) for i in range(0, len(study.seeds), size)]
     budgets = sorted(study.budgets) or [config.epochs]
     for seeds, budget, name in itertools.product(groups, budgets, study.variants):
@@ -75,11 +75,17 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     Raises:
       UserError: for a bad grid or config, before anything is trained.
     """
+    check(config)
     study = config.study
-    if BASELINE not in study.variants or not study.seeds:
-        raise UserError(f'study.variants must name one {BASELINE!r}, and study.seeds at least one')
-    if config.resume_from:
-        raise UserError('resume_from is set; a study resumes its own runs only (--workdir), and init_from starts them')
+    if BASELINE not in study.variants:
+        raise UserError(f'study.variants must name one {BASELINE!r}')
+    for field, cure in (
+        ('resume_from', 'a study resumes its own runs only (--workdir), and init_from starts them'),
+        ('checkpoint', 'weights to start from are named by init_from'),
+        ('seed', 'those of a study are study.seeds'),
+    ):
+        if config[field] != FIELDS[field].default:
+            raise UserError(f'{field} is {config[field]!r}, which a study does not use: {cure}')
     if not 0 <= study.index < study.count:
         raise UserError(f'study.index is {study.index}; it must be from 0 to study.count - 1 ({study.count - 1})')
     if config.deterministic:
@@ -136,6 +142,7 @@ def _check(jobs, images: str, train: np.ndarray) -> None:
         if first is not setup:  # other seeds
             continue
         feed.require_whole(setup, train)
+        parallel.check_batch(setup.batch_size, setup.accumulate, parallel.make_mesh(1))
         method = job.prepare(setup, len(train)).objective.method
         features.encoder(method, setup)
         features.item(method, setup.eval)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mto_jax import methods
 from mto_jax.analysis import plots, report
+from mto_jax.errors import UserError
 from mto_jax.evals import features, probes
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import read_history, say
@@ -26,6 +27,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, list[dict[str, flo
     Raises:
       UserError: for a bad config or missing data, before anything is probed or trained, and as `pretrain.run`.
     """
+    if config.seed:
+        raise UserError(
+            f'seed is {config.seed}, which a comparison does not use: its seeds are --config.compare.seeds="(0,1,2)"'
+        )
     for enabled in (False, True):
         plan = pretrain.plan(_setup(config, config.compare.seeds[0], enabled))
         probes.check(plan.job.objective.method, config, plan.mesh, config.data.test_split, task='a comparison')

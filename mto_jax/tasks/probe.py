@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     def encoders(start):
         """{depth: (config, encoder)}."""
         c = start.config
-        setups = {depth: _at(c, depth) for depth in tuple(c.eval.depths) or (c.eval.depth,)}
+        setups = {depth: _at(c, depth) for depth in features.depths(c.eval, start.method.arch)}
         return {depth: (setup, features.encoder(start.method, setup)) for depth, setup in setups.items()}
 
     path = epath.Path(workdir) / f'{config.task}.json'
@@ -61,7 +61,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     if hosts.is_first():
         write(path, json.dumps(out, indent=2) + '\n')
     for name, value in out.items():
-        say(f'  {name}: {value:.4f}' if isinstance(value, float) else f'  {name}: {value}')
+        say('  ' + described({f'{name}:': value}))
     say(f'written to {path}')
     return out
 

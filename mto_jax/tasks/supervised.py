@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 from mto_jax.config import FIELDS, values
 from mto_jax.data import order, pipeline, randaugment, sources
 from mto_jax.errors import UserError
-from mto_jax.evals import probes
+from mto_jax.evals import features, probes
 from mto_jax.models import heads
 from mto_jax.runtime import hosts, parallel
 from mto_jax.runtime.log import described, say
 from mto_jax.runtime.workdir import read_json, require_free, write
 from mto_jax.tasks import pretrained, train
 from mto_jax.tasks.pretrained import Pretrained
-from mto_jax.training import classify, job, schedules, train_state
+from mto_jax.training import checkpoint, classify, job, schedules, train_state
 from mto_jax.training.classify import Classification
 from mto_jax.training.loop import Seen, Watch, every
 from mto_jax.training.probing import Probing
@@ -38,11 +38,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
       Preempted: after SIGTERM, once everything is saved.
     """
     workdir = epath.Path(workdir)
-    planned = plan(config)
+    planned = plan(config, workdir)
     c = planned.config
     path = workdir / f'{c.task}.json'
     with hosts.together():
-        c.checkpoint = _begun_with(workdir, c)
         if not c.resume_anyway:
             require_free(path, pretrained.evaluated(c))
     state = train.run(planned, workdir)
@@ -57,8 +56,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     return out
 
 
-def plan(config: ConfigDict) -> train.Plan:
+def plan(config: ConfigDict, workdir: epath.Path) -> train.Plan:
     """The training that `config` describes, whose other fields are the checkpoint's.
+
+    `workdir` says which checkpoint a run began with; where that is gone, it has a probe's encoder.
 
     Raises:
       UserError: for a bad config, missing data, data without labels, or a checkpoint of another kind.
@@ -68,6 +69,7 @@ def plan(config: ConfigDict) -> train.Plan:
     start = pretrained.find(config)
     c = start.config
     with hosts.together():
+        found, c.checkpoint = c.checkpoint, _begun_with(workdir, c)
         randaugment.parse(c.data)
         _require_used(c)
         source = sources.open_source(c.data, c.data.train_split)
@@ -75,7 +77,9 @@ def plan(config: ConfigDict) -> train.Plan:
         probes.eval_part(c.eval.batch_size, mesh)
         train.require_accelerator(c)
     frozen = c.task == 'probe'
-    encoder = start.load(mesh)['encoder'] if frozen else None
+    encoder = None
+    if frozen:
+        encoder = (start.load(mesh) if c.checkpoint == found else _kept(start, mesh, workdir))['encoder']
     with hosts.together():
         training = prepare(start, encoder, source.num_examples)
         training.sharding(mesh)
@@ -120,6 +124,13 @@ def _begun_with(workdir, config) -> str:
     )
 
 
+def _kept(start, mesh, workdir):
+    """{'encoder': parameters}, of a probe whose checkpoint is gone: what it keeps of them."""
+    shapes = {'encoder': jax.eval_shape(start.fresh, jax.random.key(0))}
+    place = parallel.shardings(shapes, mesh, start.method.tensor_axes)
+    return checkpoint.constants(workdir, checkpoint.abstract_like(shapes, place))
+
+
 def prepare(start: Pretrained, encoder, num_examples: int) -> job.Job:
     """The training that `start.config` describes, on so many examples.
 
@@ -147,16 +158,22 @@ def _require_used(config) -> None:
     """Raises UserError for fields of other evaluations, which this training on labels would ignore."""
     fields = dict(values(config))
     ignored = ['eval.features', 'eval.train_examples', 'eval.balanced']
+    ignored += [n for n in fields if n.startswith(('eval.knn_', 'eval.linear_'))]
     if config.task == 'finetune':
         own, other = 'classify', 'probe'
         ignored += ['eval.depth', 'eval.depths']
     else:
         own, other = 'probe', 'classify'
+        ignored += {'linear': ['probe.heads'], 'attentive': ['probe.pool'], 'dense': ['probe.pool', 'probe.heads']}[
+            config.probe.head
+        ]
     for name in (*ignored, *(n for n in fields if n.startswith(f'{other}.'))):
         given, default = fields[name], FIELDS[name].default
-        if given != default and (given or default):  # from JSON, an empty list where the default is a tuple
+        given = tuple(given) if isinstance(default, tuple) else given  # a list, where it comes from JSON
+        if given != default:
+            kind = f'{config.probe.head} probe' if config.task == 'probe' else 'fine-tuning'
             cure = f'; what the head sees is {own}.pool' if name == 'eval.features' else ''
-            raise UserError(f'{name} is {given!r}, which a {config.task} does not use; leave it out{cure}')
+            raise UserError(f'{name} is {given!r}, which a {kind} does not use; leave it out{cure}')
 
 
 def _probing(start, encoder) -> Probing:
@@ -176,11 +193,8 @@ def _probing(start, encoder) -> Probing:
         raise UserError(f'optim.layer_decay is {config.optim.layer_decay:g}; a probe trains no encoder: it must be 1')
     if c.head == 'linear' and c.pool == 'class' and not method.arch.class_token:
         raise UserError("probe.pool is 'class' but the model has no class token (model.class_token); set it to 'mean'")
-    depths = tuple(config.eval.depths) or (config.eval.depth,)
-    if wrong := [d for d in depths if d > method.arch.depth]:
-        raise UserError(f'eval.depths: {wrong[0]} is too deep; the encoder has {method.arch.depth} blocks')
     head = heads.Probe(c.head, data.num_classes, method.arch.num_prefix, c.pool, c.heads or method.arch.heads)
-    depths = tuple(d or None for d in depths)
+    depths = tuple(d or None for d in features.depths(config.eval, method.arch))
     return Probing(method, encoder, head, depths, c.group, tuple(data.mean), tuple(data.std), data.flip)
 
 
@@ -207,8 +221,10 @@ def summed(objective: Classification | Probing) -> Callable:
 
 
 def _watches(config, training, mesh, interval, workdir) -> list[Watch]:
-    """Scores on the validation split."""
+    """Scores on the validation split, where there is an interval."""
     del workdir
+    if not interval:
+        return []
     sums = summed(training.objective)
 
     def measure(step, state):
@@ -240,7 +256,8 @@ def _dense(config) -> bool:
 
 def _require_targets(config) -> None:
     """Raises UserError where a split lacks what the task learns from and is measured by."""
-    data, splits = config.data, (config.data.train_split, config.data.val_split, config.data.test_split)
+    data = config.data
+    splits = data.train_split, *[data.val_split] * (config.eval.every_epochs > 0), data.test_split
     if not _dense(config):
         sources.require_labels(data, f'a {config.task}', *splits)
         return

@@ -68,6 +68,10 @@ def run(config, workdir) -> list[dict]:
       UserError: for an unknown topology, a mesh or batch that does not fit it, or without libtpu.
     """
     del workdir
+    if not EVALUATIONS.get(config.task, True):
+        raise UserError(f'task is {config.task!r}, which trains nothing')
+    if wrong := [b for b in _BATCHES.value if not b.isdecimal()]:
+        raise UserError(f'--per_chip_batch has {wrong[0]!r}; it must be numbers of images, like 16,32')
     prepare_libtpu()
     name = _TOPOLOGY.value
     chip = CHIPS.get(name.partition(':')[0])

@@ -392,6 +392,23 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
+def constants(workdir: epath.Path, abstract: Any) -> Any:
+    """What `Checkpointer.keep_constants` wrote, with the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: if it is not there, cannot be read, or is of other shapes.
+    """
+    path = workdir / CONSTANTS
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(path, abstract)
+    except Exception as e:
+        raise UserError(
+            f'{path} cannot be read ({type(e).__name__}: {_first_line(e)}), and the checkpoint that it is of is gone; '
+            'choose another --workdir'
+        ) from e
+
+
 def locate(path: str, given: str = '--config.checkpoint') -> tuple[epath.Path, int]:
     """The workdir and step that a path names: a workdir (its newest step) or workdir/checkpoints/step.
 

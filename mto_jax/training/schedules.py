@@ -63,7 +63,7 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
         def after(step):
             return cosine(step + hidden)
 
-    elif optim.schedule == 'multistep':
+    else:  # multistep
         for name, unused in (('min_lr', 0), ('warmup_prefix', True)):
             if optim[name] != unused:
                 raise UserError(
@@ -84,8 +84,6 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
                 'steps of an epoch: put them further apart'
             )
         after = optax.piecewise_constant_schedule(peak, bounds)
-    else:
-        raise UserError(f'optim.schedule is {optim.schedule!r}; it must be cosine or multistep')
     if not warmup:
         return after
     rise = optax.linear_schedule(start, peak, warmup - optim.warmup_inclusive)

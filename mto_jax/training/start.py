@@ -6,7 +6,7 @@
    step 0 with a fresh optimizer.
 4. Fresh weights.
 
-Tasks define 3 and 4: fine-tuning starts with the encoder of the checkpoint that it evaluates.
+Tasks define 3 and 4: a training on labels has no 3, and a fine-tuning's 4 has the encoder of `config.checkpoint`.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mto_jax.config import EVALUATIONS
 from mto_jax.errors import UserError
 from mto_jax.runtime.log import say
 from mto_jax.runtime.workdir import completed, differences, listed
@@ -104,7 +105,9 @@ def _resumed(config, abstract, job):
 def _require_place(config, job, reader, step):
     """Raises UserError where a saved step would not mean the place in this training that it meant in its own."""
     there, path = completed(reader.config(step)), reader.directory / str(step)
-    weights = f'from its weights: --config.init_from={path} and another --workdir'
+    weights = f'again from its weights: --config.init_from={path} and another --workdir'
+    if config.task in EVALUATIONS:  # from the checkpoint that it evaluates
+        weights = 'again in another --workdir'
     changed = [
         f'{name} from {old!r} to {new!r}'
         for name, old, new in (
@@ -126,7 +129,7 @@ def _require_place(config, job, reader, step):
     if step > job.total:
         raise UserError(
             f'epochs is {config.epochs:g}, and {path} is after {step / per_epoch:g}: that is done already; raise '
-            f'--config.epochs, or start again {weights}'
+            f'--config.epochs, or start {weights}'
         )
     ended = schedules.to_steps(there.epochs, per_epoch)
     if not ended <= step < job.total or config.optim.schedule != 'cosine':

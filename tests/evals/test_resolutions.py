@@ -14,7 +14,7 @@ from mto_jax import methods, tasks
 from mto_jax.errors import UserError
 from mto_jax.models import position, vit
 from mto_jax.tasks import pretrain, supervised
-from tests.conftest import randomised, shrink
+from tests.conftest import NOWHERE, randomised, shrink
 
 
 def cubic(t):
@@ -119,7 +119,7 @@ def test_fine_tuning_at_another_size(tmp_path, from_scratch):
     e.checkpoint, e.data.val_split, e.data.image_size = str(tmp_path / 'run'), 'train[130:190]', (42, 21)
     e.batch_size, e.mesh.data, e.allow_cpu, e.classify.from_scratch = 24, 1, True, from_scratch
     e.eval.weights, e.optim.warmup_epochs = 'teacher', 0.5
-    planned = supervised.plan(e)
+    planned = supervised.plan(e, NOWHERE)
     with jax.set_mesh(planned.mesh):
         params = planned.fresh(planned.job.sharding(planned.mesh)).params
     images = jnp.zeros((2, 42, 21, 1))

@@ -413,6 +413,10 @@ def test_report_of_another_config_and_of_a_baseline_that_diverged(tmp_path, monk
     with pytest.raises(SystemExit):
         report.main()
     assert "a.csv has runs of two configs for 'a', 1 epochs (x and y" in capsys.readouterr().err
+    (tmp_path / 'a.csv').unlink()
+    append(tmp_path / 'a.csv', rows[-1:])
+    with pytest.raises(UserError, match=r"a\.csv has no run of 'baseline'"):
+        report.write(tmp_path / 'a.csv')
 
 
 def test_two_definitions_of_heterogeneity_are_never_mixed(tmp_path, monkeypatch):
@@ -505,6 +509,15 @@ def test_shares_of_a_grid_cover_it(two_runs, tmp_path, monkeypatch):
         ({'baseline': {}, 'a': {'eval': {'depth': 2}}}, 'eval.depth'),
         ({'baseline': {}, 'a': {'eval': {'features': 'class'}, 'model': {'class_token': False}}}, 'eval.features'),
         ({'baseline': {}, 'a': {'finetune': {'optim': {'warmup_epochs': 1.0}}}}, 'finetune.optim.warmup_epochs'),
+        (
+            {'baseline': {}, 'a': {'finetune': {'optim': {'warmup_epochs': 1.0}}}},
+            r'--config\.finetune\.optim.* raise --config\.finetune\.epochs',
+        ),
+        (
+            {'baseline': {}, 'a': {'finetune': {'optim': {'name': 'lars', 'layer_decay': 0.75}}}},
+            r'finetune\.optim\.layer_decay is 0\.75',
+        ),
+        ({'baseline': {}, 'a': {'accumulate': 3}}, 'batch_size is .* accumulate'),
         ({'baseline': {}, 'a': {'data': {'image_size': (14, 14)}}}, 'data.image_size'),
         ({'baseline': {}, 'a': {'data': {'train_split': 'train[:50]'}}}, 'a sets data.train_split'),
         ({'baseline': {}, 'a': {'data': {'randaugment': 'rand-m9-mstd0.5-inc1'}}}, 'data.randaugment'),
@@ -517,6 +530,21 @@ def test_a_bad_grid_is_named(two_runs, tmp_path, monkeypatch, variants, word):
     with pytest.raises(UserError, match=word):
         study.run(two_runs, tmp_path / 'w')
     assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'word'),
+    [
+        ('epochs', 0.0, r'epochs is 0\.0; it must be above 0'),
+        ('seed', 1, r'seed is 1, which a study does not use.*study\.seeds'),
+        ('checkpoint', 'a', r"checkpoint is 'a', which a study does not use.*init_from"),
+        ('study.seeds', (), r'study\.seeds is \(\); it must be different values'),
+    ],
+)
+def test_fields_that_no_study_has_are_named(two_runs, tmp_path, field, value, word):
+    two_runs.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=word):
+        study.run(two_runs, tmp_path / 'w')
 
 
 @pytest.mark.parametrize(

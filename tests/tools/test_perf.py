@@ -170,10 +170,16 @@ def test_a_batch_that_does_not_fit():
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU_PYTHON, reason=NO_LIBTPU)
 @pytest.mark.parametrize(
-    ('args', 'word'),
-    [(['v9:2x2'], 'v9:2x2'), (['v5e:3x7'], 'v5e:3x7'), (['v5e:2x4', '--config.mesh.fsdp=3'], 'mesh.fsdp=3')],
+    ('config', 'args', 'word'),
+    [
+        ('mae_mto', ['v9:2x2'], 'v9:2x2'),
+        ('mae_mto', ['v5e:3x7'], 'v5e:3x7'),
+        ('mae_mto', ['v5e:2x4', '--config.mesh.fsdp=3'], 'mesh.fsdp=3'),
+        ('mae_mto', ['v5e:2x4', '--per_chip_batch=8,x'], "--per_chip_batch has 'x'"),
+        ('knn', ['v5e:2x4'], "task is 'knn', which trains nothing"),
+    ],
 )
-def test_wrong_topologies_are_named(args, word):
-    out = compile_for(*args)
+def test_what_cannot_be_compiled_is_named(config, args, word):
+    out = compile_for(*args, config=config)
     assert out.returncode == 2
     assert word in out.stderr.splitlines()[-1]

@@ -27,7 +27,9 @@ def cut_down(c, pretrained):
     c.data.crop_area, c.data.val_split = (0.5, 1.0), 'train[130:190]'
     c.batch_size, c.epochs, c.optim.warmup_epochs, c.allow_cpu = 32, 2.0, 0.5, True
     if c.task == 'probe':
-        c.probe.group, c.probe.heads = 16, 2
+        c.probe.group = 16
+    if c.probe.head == 'attentive':
+        c.probe.heads = 2
     c.model.dtype, c.mesh.data = 'float32', 1
     c.log_every, c.checkpoints.every, c.checkpoints.keep = 3, 4, 9
     c.eval.every_epochs, c.eval.batch_size = 1.0, 32

@@ -15,11 +15,12 @@ from mto_jax.data import augment, sources
 from mto_jax.errors import UserError
 from mto_jax.methods import Clock
 from mto_jax.runtime import parallel
+from mto_jax.runtime.log import read_history
 from mto_jax.tasks import supervised as task
 from mto_jax.tasks.pretrained import find
 from mto_jax.training import checkpoint, classify, optim, train_state
 from mto_jax.training.classify import Classification
-from tests.conftest import named, randomised
+from tests.conftest import NOWHERE, named, randomised
 from tests.training.conftest import check_resumed, cut_down
 
 
@@ -71,6 +72,19 @@ def test_it_goes_on_where_its_pretraining_was_moved(config, pretrained, tmp_path
     assert tasks.run(config, tmp_path / 'tuned') == whole | {'checkpoint': str(moved / 'checkpoints' / '2')}
 
 
+def test_without_validation(config, tmp_path):
+    """`eval.every_epochs=0`: the split is not looked at, and need not be there; more epochs have another workdir."""
+    config.eval.every_epochs, config.data.val_split = 0.0, 'nowhere'
+    tasks.run(config, tmp_path / 'run')
+    assert not any(name.startswith('val_') for row in read_history(tmp_path / 'run') for name in row)
+    config.epochs, config.resume_anyway = config.epochs / 2, True
+    with pytest.raises(UserError, match=r'raise --config\.epochs, or start again in another --workdir$'):
+        tasks.run(config, tmp_path / 'run')
+    config.eval.every_epochs = 1.0
+    with pytest.raises(UserError, match="no split 'nowhere'"):
+        tasks.run(config, tmp_path / 'other')
+
+
 def test_its_own_checkpoint_is_no_pretrained_one(config, tmp_path):
     config.epochs, config.optim.warmup_epochs, config.classify.from_scratch = 0.25, 0.0, True
     tasks.run(config, tmp_path / 'run')
@@ -82,7 +96,7 @@ def test_its_own_checkpoint_is_no_pretrained_one(config, tmp_path):
 
 
 def test_it_begins_with_the_encoder_of_the_checkpoint(config, pretrained):
-    planned = task.plan(config)
+    planned = task.plan(config, NOWHERE)
     with jax.set_mesh(planned.mesh):
         state = planned.fresh(planned.job.sharding(planned.mesh))
     read = checkpoint.Checkpointer(pretrained, read_only=True)
@@ -98,7 +112,7 @@ def test_it_begins_with_the_encoder_of_the_checkpoint(config, pretrained):
     kernel = state.params['head']['linear']['kernel']
     assert abs(float(kernel.std()) / 2e-5 - 1) < 0.3
     config.classify.from_scratch = True
-    planned = task.plan(config)
+    planned = task.plan(config, NOWHERE)
     with jax.set_mesh(planned.mesh):
         other = planned.fresh(planned.job.sharding(planned.mesh))
     assert (named(other.params)['encoder/patch_embed/kernel'] != want['patch_embed/kernel']).any()
@@ -136,7 +150,7 @@ def test_loss_against_numpy(pretrained, config, rng, pool):
 
 def test_averaged_weights_and_rates_by_layer(config, rng):
     """Three steps: the average follows the parameters; the rate falls from the head down, as MAE's code has it."""
-    planned = task.plan(config)
+    planned = task.plan(config, NOWHERE)
     training = planned.job
     with jax.set_mesh(planned.mesh):
         state = jax.jit(training.create)(0)
@@ -162,7 +176,7 @@ def test_averaged_weights_and_rates_by_layer(config, rng):
 
 def test_each_example_counts_once_on_any_mesh(config, rng):
     """70 examples in batches of 32, on 1 and 8 devices, against numpy on the logits of each."""
-    planned = task.plan(config)
+    planned = task.plan(config, NOWHERE)
     objective, c = planned.job.objective, planned.config
     state = jax.device_get(jax.jit(planned.job.create)(0))
     params = randomised(state.params, rng)
@@ -220,10 +234,10 @@ def test_a_label_beyond_the_classes_is_named(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('field', 'value', 'words'),
     [
-        ('eval.features', 'class', r'eval\.features is .class., which a finetune does not use; .*classify\.pool'),
+        ('eval.features', 'class', r'eval\.features is .class., which a fine-tuning does not use; .*classify\.pool'),
         ('eval.train_examples', 9, r'eval\.train_examples is 9'),
-        ('probe.group', 16, r'probe\.group is 16, which a finetune does not use'),
-        ('eval.depths', (1, 0), r'eval\.depths is \[1, 0\]'),
+        ('probe.group', 16, r'probe\.group is 16, which a fine-tuning does not use'),
+        ('eval.depths', (1, 0), r'eval\.depths is \(1, 0\)'),
         ('classify.pool', 'max', r'classify\.pool is .max.*fc_norm'),
         ('data.randaugment', 'x', r'data\.randaugment is .x.'),
         ('batch_size', 31, r'batch_size is 31.*even number'),

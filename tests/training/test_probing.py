@@ -17,9 +17,10 @@ from mto_jax.data import augment
 from mto_jax.errors import UserError
 from mto_jax.models.heads import Probe
 from mto_jax.runtime import parallel
+from mto_jax.tasks import pretrained as pretrained_task
 from mto_jax.tasks import supervised
 from mto_jax.training import optim, probing, train_state
-from tests.conftest import named, randomised
+from tests.conftest import NOWHERE, named, randomised
 from tests.training.conftest import check_resumed, cut_down
 
 CLASSES = 10
@@ -151,7 +152,7 @@ def test_lars_and_batch_norm_against_torch(rng):
 
 def plan(config, **fields):
     config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
-    return supervised.plan(config)
+    return supervised.plan(config, NOWHERE)
 
 
 def steps(planned, count, rng):
@@ -209,6 +210,24 @@ def test_running_moments_over_groups_and_microbatches(config, rng):
     got = state.model_state['running']['depth2']
     np.testing.assert_allclose(got['mean'], 0.1 * parts.mean(1).mean(0), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(got['var'], 0.9 + 0.1 * parts.var(1, ddof=1).mean(0), rtol=1e-4)
+
+
+def test_it_goes_on_with_the_encoder_that_it_kept(config, pretrained, tmp_path, monkeypatch):
+    """Where the pre-training has gone on and deleted the checkpoint that the probe began with."""
+    run, probe = tmp_path / 'run', tmp_path / 'probe'
+    shutil.copytree(pretrained, run)
+    config.checkpoint = str(run)
+    whole = tasks.run(config, probe)
+    shutil.rmtree(probe / 'checkpoints' / '8')
+    (run / 'checkpoints' / '2').rename(run / 'checkpoints' / '3')
+    with pytest.raises(UserError, match=r'The former is gone.*--config\.resume_anyway=True'):
+        tasks.run(config, probe)
+    config.resume_anyway = True
+    monkeypatch.setattr(pretrained_task.Pretrained, 'load', lambda *_: pytest.fail('it took another encoder'))
+    assert tasks.run(config, probe) == whole | {'checkpoint': str(run / 'checkpoints' / '2')}
+    shutil.rmtree(probe / 'constants')
+    with pytest.raises(UserError, match=r'probe/constants cannot be read .* is gone; choose another --workdir'):
+        tasks.run(config, probe)
 
 
 @pytest.mark.parametrize('head', ['linear', 'attentive'])
@@ -322,7 +341,7 @@ def test_dense_probe_learns(on_scenes, tmp_path):
 
 def test_label_maps_are_cropped_with_their_images(on_scenes):
     """Away from edges, a pixel's brightness says its label, however the two were cropped."""
-    planned = supervised.plan(on_scenes)
+    planned = supervised.plan(on_scenes, NOWHERE)
     batch = next(supervised.pipeline.train_batches(planned.source, planned.config.data, 32, 0, 0, 1))
     image, mask = batch['image'][..., 0].astype(int), batch['mask'][..., 0]
     assert mask.dtype == np.int32
@@ -364,10 +383,13 @@ def test_bad_label_maps_are_named(on_scenes, tmp_path, field, value, words):
     ('field', 'value', 'words'),
     [
         ('optim.layer_decay', 0.5, r'optim\.layer_decay is 0\.5'),
-        ('eval.balanced', True, r'eval\.balanced is True, which a probe does not use'),
-        ('classify.mixup', 0.0, r'classify\.mixup is 0\.0, which a probe does not use'),
+        ('eval.balanced', True, r'eval\.balanced is True, which a linear probe does not use'),
+        ('classify.mixup', 0.0, r'classify\.mixup is 0\.0, which a linear probe does not use'),
         ('probe.group', 3, r'probe\.group is 3 images; it must divide the 32'),
         ('eval.depths', (1, 1), r'eval\.depths is .*different'),
+        ('eval.knn_k', (3,), r'eval\.knn_k is \(3,\), which a linear probe does not use'),
+        ('probe.heads', 2, r'probe\.heads is 2, which a linear probe does not use'),
+        ('eval.depth', 3, r'eval\.depth: 3 is too deep'),
         ('eval.depths', (3,), r'eval\.depths: 3 is too deep; the encoder has 2 blocks'),
         ('optim.name', 'sgd', r'optim\.name is .sgd.'),
         ('data.image_size', (30, 28), r'height 30 does not divide'),
