@@ -3,9 +3,9 @@
     python main.py --config=configs/finetune.py --config.checkpoint=runs/mae_mto
 
 `:vit_b`, `:vit_l` and `:vit_h` are MAE's recipes; `:simmim_vit_b`, `:bootmae_vit_b`, `:bootmae_vit_l` and
-`:conmim_vit_b` those of the others; `:quickstart` is for a checkpoint of configs/quickstart.py. The architecture, the
-pixels' mean and std, flips and the data come from the checkpoint's config; what is set here, and every other training
-field, from here.
+`:conmim_vit_b` those of the others (smaller models have none: start from `:vit_b`); `:quickstart` is for a checkpoint
+of configs/quickstart.py. The architecture, the pixels' mean and std, flips and the data come from the checkpoint's
+config; what is set here, and every other training field, from here.
 """
 
 from configs import base

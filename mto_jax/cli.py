@@ -14,6 +14,17 @@ from ml_collections import ConfigDict, config_flags
 from mto_jax.config import EVALUATIONS, PATHS, evaluation, values
 
 LEAVE_AFTER = 20  # seconds that a host which fails waits for the others
+# What absl, ml_collections and Python say of flags, and what is said instead.
+PLAIN = (
+    (r'flag --config=None: .*', '--config is missing: give a file of configs/, like --config=configs/mae_mto.py'),
+    (r"Unknown command line flag '(.*?)'", r'unknown flag --\1; config fields are set with --config.field=value'),
+    (r'Error whilst parsing config file: \w+: ', ''),
+    (r'get_config\(\) takes 0 positional .*', 'this file takes no argument after the colon'),
+    (r'get_config\(\) missing .*', 'this file needs an argument after a colon: its first lines say which'),
+    (r'could not convert string to float.*', 'it must be a number'),
+    (r'invalid literal for int.*', 'it must be an integer'),
+    (r'\(.Non-boolean argument.*', 'it must be True or False'),
+)
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -36,7 +47,7 @@ def start(job: Callable[[ConfigDict, epath.Path], object]) -> None:
 
     def main(argv):
         if len(argv) > 1:
-            raise app.UsageError(f'unknown argument {argv[1]!r}; config fields are set with --config.field=value')
+            stop(f'unknown argument {argv[1]!r}; config fields are set with --config.field=value')
         if not flags.FLAGS['verbosity'].present:
             logging.set_verbosity(logging.FATAL)  # the libraries' own chatter, errors that we report too; --verbosity=0
             sys.unraisablehook = _unraisable
@@ -109,12 +120,16 @@ def _parse(argv):
     except (AttributeError, KeyError) as e:
         # ml_collections wraps the message of one error in another.
         words = ' '.join(re.sub(r"\\n|[\\']", ' ', str(e.args[0])).strip(' "').split())
+        words = re.sub(r' Did you mean "(.*?)" instead.*', r' (did you mean \1?)', words)
         stop(f'unknown config field: {words}; mto_jax/config.py lists all fields')
     except (flags.Error, OSError) as e:
         if missing := re.search(r"No such file or directory: '(.*?)'", str(e)):
             stop(f'--config={missing[1]}: no such file in {os.getcwd()}; run from the project folder, or give its path')
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        stop(lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}')
+        words = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}'
+        for theirs, ours in PLAIN:
+            words = re.sub(theirs, ours, words)
+        stop(words)
 
 
 def _unraisable(found):

@@ -383,6 +383,13 @@ def field_of(name: str) -> Field | None:
     return FIELDS.get(name)
 
 
+def kept(name: str) -> bool:
+    """Whether a saved field of that dotted name means something now: one of `FIELDS`, or in a group that has none of
+    them, which a method of one's own reads."""
+    group, _, inner = name.partition('.')
+    return field_of(name) is not None or bool(inner and not any(n.split('.')[0] == group for n in FIELDS))
+
+
 def check(config: ConfigDict, partial: bool = False) -> None:
     """Raises UserError for the first field that cannot be what it is, naming it, its value and what it must be.
 

@@ -218,6 +218,7 @@ def test_a_field_by_itself(fails, field, value):
         ({'data.train_split': 'train[:0]'}, 'empty'),
         ({'task': 'knn'}, 'checkpoint is'),
         ({'task': 'linear', 'checkpoint': '/no/where'}, 'checkpoint is'),
+        ({'study.variants': {'baseline': {}}}, 'this config is of a study: python -m mto_jax.studies --config='),
         ({'task': 'compare', 'seed': 1}, 'seed is 1, which a comparison does not use'),
         ({'task': 'compare', 'compare.seeds': (1, 1)}, 'compare.seeds is (1, 1); it must be different values'),
         ({'task': 'compare', 'mto.rows': 'some'}, 'mto.rows'),

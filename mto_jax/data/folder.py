@@ -110,9 +110,11 @@ def open_folder(root: str, split: str, train: str = 'train', masks: str = '') ->
     splits = _listing(root)
     sizes = {name: len(s.paths) for name, s in splits.items()}
     found = split_range(split, sizes)
+    if not splits:
+        raise UserError(f'data: {root} holds no folders; images go into {root}/train, or into class folders there')
     if not found:
         raise UserError(
-            f'data: {root} has no split {split!r}; its folders are {", ".join(splits) or "none"}. Each is a split that '
+            f'data: {root} has no split {split!r}; its folders are {", ".join(splits)}. Each is a split that '
             'holds the class folders, as in train/<class>/*.jpg; --config.data.train_split, val_split and test_split '
             'name them, or slices of them: train[:90%], train[100:]'
         )
@@ -173,7 +175,8 @@ def _listing(root: str) -> dict[str, _Split]:
     """What there is of each split. Listed once a process: a large folder takes a while."""
     if not tf.io.gfile.isdir(root):
         raise UserError(
-            f"data.data_dir is {root!r}: no such folder; with data.name='folder' it holds one folder per split"
+            f"data.data_dir is {root!r}: no such folder; with data.name='folder' it is a folder that holds one folder "
+            'per split: --config.data.data_dir=DIR'
         )
     root = root.rstrip('/')
     images: dict[str, list[tuple[str, str]]] = {}

@@ -288,8 +288,7 @@ class _Reading:
             size = tuple(given) if isinstance(given, list | tuple) else (given, given)
             if len(size) != 2 or not all(isinstance(n, int) and n > 0 and n % m.patch_size == 0 for n in size):
                 raise UserError(
-                    f'image_size is {given!r}; it must be one or two numbers of pixels that divide by the patch size '
-                    f'{m.patch_size}'
+                    f'image_size is {given!r}; it must be one or two multiples of the patch size, {m.patch_size} pixels'
                 )
             return size
         if self.prefix + self.style.pos in self.arrays:

@@ -5,7 +5,7 @@ package ('mae'), a dotted one any importable module ('my_project.my_method').
 """
 
 import dataclasses
-import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -216,7 +216,8 @@ def build(config) -> Method:
       UserError: if there is no such module, it has no `build`, or the config does not describe one of its methods.
     """
     name = config.method
-    module_name = name if '.' in name else f'{__name__}.{name}'
+    shipped = f'{__name__}.{name}'
+    module_name = name if '.' in name or not importlib.util.find_spec(shipped) else shipped
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
@@ -224,7 +225,7 @@ def build(config) -> Method:
             raise
         raise UserError(
             f'method is {name!r}: no module {module_name}; use mae, simmim, bootmae, conmim, encoder, or a module '
-            'of your own next to main.py or on PYTHONPATH'
+            'of your own: a file next to main.py or on PYTHONPATH'
         ) from None
     if not hasattr(module, 'build'):
         raise UserError(f'method is {name!r}: the module {module_name} has no build(config)')

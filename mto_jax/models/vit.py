@@ -83,16 +83,16 @@ class Architecture:
         for side, pixels in zip(('height', 'width'), self.image_size, strict=True):
             if pixels % self.patch_size:
                 raise ValueError(
-                    f'data.image_size: {side} {pixels} does not divide by model.patch_size {self.patch_size}'
+                    f'data.image_size: {side} {pixels} is not a multiple of model.patch_size {self.patch_size}'
                 )
         if self.width % self.heads and not self.head_width:
             raise ValueError(
-                f'width {self.width} does not divide by {self.heads} heads (model.width and model.heads, or '
+                f'width {self.width} is not a multiple of {self.heads} heads (model.width and model.heads, or '
                 'mae.decoder_width and mae.decoder_heads)'
             )
         if self.position.startswith('sincos') and self.width % 4:
             raise ValueError(
-                f'width {self.width} does not divide by 4, which sine-cosine positions need (model.width, '
+                f'width {self.width} is not a multiple of 4, which sine-cosine positions need (model.width, '
                 'mae.decoder_width, or bootmae.decoder_width)'
             )
         for name, value, allowed in (

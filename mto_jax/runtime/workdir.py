@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax.config import FIELDS, field_of, nested
+from mto_jax.config import FIELDS, field_of, kept, nested
 from mto_jax.errors import Temporary, UserError
 from mto_jax.runtime.hosts import flatten
 
@@ -79,7 +79,10 @@ def hold(workdir: epath.Path) -> Iterator[str]:
         raise
     except Exception as e:
         passes = not isinstance(e, OSError) or e.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (Temporary if passes else UserError)(f'the workdir {workdir} cannot be written: {_reason(e)}') from None
+        problem = f'the workdir {workdir} cannot be written: {_reason(e)}'
+        if passes:
+            raise Temporary(problem) from None
+        raise UserError(f'{problem}; name a folder that can with --workdir') from None
     try:
         yield lock.token
     except KeyboardInterrupt:
@@ -149,9 +152,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def completed(saved: Mapping[str, Any]) -> ConfigDict:
-    """A saved config as one of now: fields that it is too old to have are the defaults, unknown ones are left out."""
+    """A saved config as one of now: fields that it is too old to have are the defaults, and those that are not
+    `config.kept` are left out."""
     tuples = {n for n, field in FIELDS.items() if isinstance(field.default, tuple)}  # lists in JSON
-    there = {n: tuple(v) if n in tuples else v for n, v in flatten(saved).items() if field_of(n)}
+    there = {n: tuple(v) if n in tuples else v for n, v in flatten(saved).items() if kept(n)}
     return nested({n: f.default for n, f in FIELDS.items()} | there)
 
 

@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: os.PathLike) -> Path:
     check(config)
     study = config.study
     if BASELINE not in study.variants:
-        raise UserError(f'study.variants must name one {BASELINE!r}')
+        raise UserError(f'study.variants must name one {BASELINE!r}; the configs of studies are configs/study_*.py')
     for field, cure in (
         ('resume_from', 'a study resumes its own runs only (--workdir), and init_from starts them'),
         ('checkpoint', 'weights to start from are named by init_from'),
@@ -164,7 +164,7 @@ def _train(config, seeds, train, test, run_dir: Path, from_zero: bool) -> list[d
         abstract = checkpoint.abstract_like(fresh[0], parallel.replicated(parallel.make_mesh(1)))
         fresh = [s.restore(abstract, rows.start) for s in rows.savers]
     elif config.init_from:
-        fresh = [initialised(config.init_from, s) for s in fresh]
+        fresh = [initialised(config, s) for s in fresh]
 
     evaluate = _evaluator(training, config, train, test)
 

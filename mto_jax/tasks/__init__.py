@@ -5,6 +5,7 @@ from collections.abc import Callable
 from etils import epath
 from ml_collections import ConfigDict
 
+from mto_jax import methods
 from mto_jax.config import EVALUATIONS
 from mto_jax.config import check as check_fields
 from mto_jax.errors import UserError
@@ -32,7 +33,7 @@ def run(config: ConfigDict, workdir: epath.Path, check: bool = False) -> object:
     """Do what `config.task` says.
 
     Args:
-      check: only look for images that cannot be decoded, in the data that the task would read.
+      check: only build the method and look for images that cannot be decoded, in the data that the task would read.
 
     Raises:
       UserError: for an unknown task, and whatever the task raises.
@@ -41,6 +42,8 @@ def run(config: ConfigDict, workdir: epath.Path, check: bool = False) -> object:
     if config.task not in tasks:
         raise UserError(f'task is {config.task!r}; it must be one of {", ".join(tasks)}')
     check_fields(config, partial=config.task in EVALUATIONS)
+    if config.study.variants:
+        raise UserError('this config is of a study: python -m mto_jax.studies --config=...')
     if config.deterministic:
         environment.make_deterministic()
     if check:  # by this host alone, which needs no other and no device
@@ -52,6 +55,8 @@ def run(config: ConfigDict, workdir: epath.Path, check: bool = False) -> object:
 def _check(config: ConfigDict, workdir: epath.Path) -> list[str]:
     from mto_jax.data import check
 
+    if config.task not in EVALUATIONS:
+        methods.build(config)
     if config.task in EVALUATIONS:
         trains = EVALUATIONS[config.task]
         config = pretrained.find(config).config

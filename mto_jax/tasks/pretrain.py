@@ -6,7 +6,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mto_jax import mto
+from mto_jax import methods, mto
 from mto_jax.analysis import plots
 from mto_jax.data import pipeline, randaugment, sources
 from mto_jax.errors import UserError
@@ -44,12 +44,12 @@ def plan(config: ConfigDict) -> train.Plan:
                 f'checkpoint is {config.checkpoint!r}, which a pre-training does not read; --config.init_from takes '
                 'its weights, --config.resume_from its whole state'
             )
+        _require_parts(methods.build(config).mto)  # needs no data
         mesh = train.devices(config)
         randaugment.parse(config.data)
         source = sources.open_source(config.data, config.data.train_split)
         watched = sources.open_source(config.data, config.data.val_split) if config.diagnose_every else None
         training = job.prepare(config, source.num_examples)
-        _require_parts(training.objective.method.mto)
         interval = schedules.evaluation_interval(config.eval.every_epochs, training.per_epoch)
         method = training.objective.method
         measured = [config.data.val_split] if interval else []

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mto_jax import methods
-from mto_jax.config import EVALUATIONS, FIELDS, check, field_of, nested
+from mto_jax.config import EVALUATIONS, FIELDS, check, kept, nested
 from mto_jax.errors import UserError
 from mto_jax.evals import features
 from mto_jax.models import vit
@@ -89,7 +89,7 @@ def described(saved: Mapping[str, Any], config: ConfigDict, path: epath.Path) ->
     if new:
         shown = ', '.join(f'{n}={FIELDS[n].default!r}' for n in new)
         say(f'{path} is from an earlier version; fields it lacks have their defaults: {shown}')
-    if unknown := {n: v for n, v in there.items() if field_of(n) is None}:
+    if unknown := {n: v for n, v in there.items() if not kept(n)}:
         shown = ', '.join(f'{n}={v!r}' for n, v in unknown.items())
         say(f'{path} is from another version; unknown fields are ignored: {shown}')
     c = merged(saved, config)
@@ -121,8 +121,8 @@ def merged(saved: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
     old = completed(saved)
     if old.task in EVALUATIONS:
         raise UserError(
-            f'the checkpoint is of a {"fine-tuning" if old.task == "finetune" else "probe"}, whose results its '
-            f'{old.task}.json has; an evaluation starts from a pre-trained one, as {old.checkpoint}'
+            f'the checkpoint is of a {"fine-tuning" if old.task == "finetune" else "probe"}; its results are in '
+            f'{old.task}.json. An evaluation starts from a pre-trained checkpoint, such as {old.checkpoint}'
         )
     there = hosts.flatten(json.loads(json.dumps(old.to_dict())))
     given = hosts.flatten(json.loads(json.dumps(config.to_dict())))

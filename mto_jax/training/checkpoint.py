@@ -293,12 +293,12 @@ class Checkpointer:
             if p in saved and saved[p] != wanted[p]
         ]
         if lines:
-            more = [f'  ... and {len(lines) - 20} more'] if len(lines) > 20 else []
+            more = [f'  ... and {len(lines) - 5} more'] if len(lines) > 5 else []
             raise UserError(
                 '\n'.join(
                     [
                         f'the checkpoint {self.directory / str(step)} is of another model ({item}):',
-                        *lines[:20],
+                        *lines[:5],
                         *more,
                     ]
                 )
@@ -422,7 +422,9 @@ def locate(path: str, given: str = '--config.checkpoint') -> tuple[epath.Path, i
     if where.name.isdigit() and where.parent.name == NAME and where.is_dir():
         return where.parent.parent, int(where.name)
     steps = [int(p.name) for p in (where / NAME).glob('*') if p.name.isdigit()]
-    if not path or not steps:
+    if not path:
+        raise UserError(f'{given} is missing: give the workdir of a pre-training, or its checkpoints/<step>')
+    if not steps:
         beside = sorted(int(p.name) for p in where.parent.glob('*') if p.name.isdigit())
         known = f' (steps there: {", ".join(map(str, beside))})' if where.parent.name == NAME and beside else ''
         raise UserError(

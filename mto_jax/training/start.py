@@ -55,14 +55,12 @@ def begin(
 def fresh(config: ConfigDict, job: Job, sharding: Any) -> TrainState:
     """The state before a pre-training's first step: the job's own, with the weights that `config.init_from` names."""
     state = jax.jit(partial(job.create, config.seed), out_shardings=sharding)()
-    return initialised(config.init_from, state) if config.init_from else state
+    return initialised(config, state) if config.init_from else state
 
 
-def initialised(path: str, state: TrainState) -> TrainState:
-    """A fresh state with the weights of a checkpoint: its parameters and model state, not its step or optimizer.
-
-    Args:
-      path: a workdir (its newest step), or workdir/checkpoints/<step>.
+def initialised(config: ConfigDict, state: TrainState) -> TrainState:
+    """A fresh state with the weights of the checkpoint that `config.init_from` names: its parameters and model state,
+    not its step or optimizer.
 
     Raises:
       UserError: if there is none, it is damaged, or of another model.
@@ -71,9 +69,17 @@ def initialised(path: str, state: TrainState) -> TrainState:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), own)
 
     def load(reader, step):
-        return {name: reader.restore_item(tree, step, name) for name, tree in abstract.items()}
+        try:
+            return {name: reader.restore_item(tree, step, name) for name, tree in abstract.items()}
+        except checkpoint.Damaged:
+            raise
+        except UserError as e:
+            changed = differences(reader.config(step), config.to_dict())
+            own = ('method', 'model.', f'{config.method}.', 'data.image_size', 'data.channels')
+            shapes = {name: values for name, values in changed.items() if name.startswith(own)}
+            raise UserError(f'{e}\nThe configs differ in\n{listed(shapes)}' if shapes else str(e)) from None
 
-    workdir, step, found = checkpoint.read(path, load, '--config.init_from')
+    workdir, step, found = checkpoint.read(config.init_from, load, '--config.init_from')
     say(f'weights of {workdir} at step {step}, fresh optimizer')
     return state.replace(
         params=found.pop('params'), model_state={n.removeprefix(checkpoint.STATE): v for n, v in found.items()}

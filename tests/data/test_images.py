@@ -352,9 +352,13 @@ def test_files_that_cannot_be_opened(tmp_path, capfd):
             f.write(content)
     c = for_photos(mae_mto.get_config(), tmp_path, 'folder')
     c.data.val_split = c.data.test_split = 'train'
-    c.data.image_size = (32, 32)
+    c.data.image_size, c.model.patch_size = (32, 32), 8
     source = sources.open_source(c.data, 'train')
     assert source.num_examples == 9
+    c.model.heads = 5
+    with pytest.raises(UserError, match='width 768 is not a multiple of 5 heads'):
+        tasks.run(c, tmp_path / 'w', check=True)
+    c.model.heads = 0
     with pytest.raises(UserError, match=r'cannot decode .*/(gone\.jpg|b\\xe9d\.jpg): '):
         list(pipeline.train_batches(source, c.data, 9, 0, 0, 1))
     with pytest.raises(UserError, match='2 images cannot be decoded'):

@@ -493,26 +493,27 @@ def test_evaluations_refuse_other_fields(trained, tmp_path, field, value):
 
 @pytest.fixture
 def of_another_version(trained, tmp_path):
-    """`trained`, as saved before some fields were added, and with two that are gone."""
+    """`trained`, as saved before some fields were added, with one that is gone and one of a method's own."""
     folder = shutil.copytree(trained, tmp_path / 'trained')
     for path in (*folder.glob('checkpoints/*/config/metadata'), folder / 'config.json'):
         config = json.loads(path.read_text())
         del config['model']['relative_bias'], config['probe'], config['accumulate'], config['eval']['depths']
-        config['model']['rotary'], config['gone'] = True, {'far': 3}
+        config['model']['rotary'], config['toy'] = True, {'far': 3}
         path.write_text(json.dumps(config))
     return folder
 
 
 def test_checkpoints_of_another_version(trained, of_another_version, tmp_path, capsys):
-    """What they lack has its default, and what is unknown is left out; both are named, once."""
+    """What they lack has its default, and what is unknown is left out; both are named, once. A method's own is kept."""
     found = tasks.run(evaluation(of_another_version), tmp_path / 'w')
     shown = capsys.readouterr().out
     assert shown.count('fields it lacks have their defaults: model.relative_bias=False, accumulate=1\n') == 1
-    assert shown.count('unknown fields are ignored: model.rotary=True, gone.far=3\n') == 1
+    assert shown.count('unknown fields are ignored: model.rotary=True\n') == 1
     assert found['knn_20'] == tasks.run(evaluation(trained), tmp_path / 'other')['knn_20']
     full = short_pretraining()
     full.task, full.checkpoint = 'knn', str(of_another_version)
     assert pretrained.find(full).config.accumulate == 1
+    assert pretrained.find(full).config.toy.far == 3
     full.model.relative_bias = True
     with pytest.raises(UserError, match=r'cannot set: model\.relative_bias \(given True, there False\)'):
         pretrained.find(full)

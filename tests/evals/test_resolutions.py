@@ -105,7 +105,7 @@ def test_knn_at_another_size(tmp_path):
     e.data.image_size = (42, 35)
     assert 0 <= tasks.run(e, tmp_path / 'other')['knn_20'] <= 1
     e.data.image_size = (30, 28)
-    with pytest.raises(UserError, match=r'height 30 does not divide by model\.patch_size 7'):
+    with pytest.raises(UserError, match=r'height 30 is not a multiple of model\.patch_size 7'):
         tasks.run(e, tmp_path / 'wrong')
 
 

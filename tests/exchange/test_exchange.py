@@ -379,7 +379,7 @@ def test_other_things_are_refused(rng, tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, tmp_path, r'holds none of model\.safetensors')
     refused(capsys, tmp_path, file(tmp_path / 'x.npz', {}), r'must end with \.safetensors')
     refused(capsys, tmp_path, good, r'heads cannot be read from a width of 40; give it with --heads')
-    refused(capsys, tmp_path, good, r'width 40 does not divide by 3 heads', '--heads=3')
+    refused(capsys, tmp_path, good, r'width 40 is not a multiple of 3 heads', '--heads=3')
     refused(capsys, tmp_path, good, r'image_size is 30', '--heads=4', '--image_size=30')
     refused(capsys, tmp_path, good, r"kind is 'simmim', but the names are those of 'timm_vit'", '--kind=simmim')
     refused(capsys, tmp_path, good, r'mean has 2 values', '--heads=4', '--mean=0.5,0.5')

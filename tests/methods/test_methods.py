@@ -404,6 +404,16 @@ def test_a_term_cannot_hide_another(config, monkeypatch, taken):
         job.prepare(config, 130)
 
 
+def test_a_method_in_a_file_of_its_own(config, tmp_path, monkeypatch):
+    """Next to main.py or on PYTHONPATH, named without a dot."""
+    (tmp_path / 'my_method.py').write_text('from tests.toy_method import build\n')
+    config.method = 'my_method'
+    with pytest.raises(UserError, match=r'method is .my_method.: no module my_method; .* a file next to main\.py'):
+        methods.build(config)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(methods.build(config), toy_method.Toy)
+
+
 def test_weights_of_losses_count(config, rng):
     """The total is the weighted sum of the terms: the toy's feature loss counts half in the first epoch."""
     config.method = 'tests.toy_method'

@@ -392,7 +392,7 @@ def test_bad_label_maps_are_named(on_scenes, tmp_path, field, value, words):
         ('eval.depth', 3, r'eval\.depth: 3 is too deep'),
         ('eval.depths', (3,), r'eval\.depths: 3 is too deep; the encoder has 2 blocks'),
         ('optim.name', 'sgd', r'optim\.name is .sgd.'),
-        ('data.image_size', (30, 28), r'height 30 does not divide'),
+        ('data.image_size', (30, 28), r'height 30 is not a multiple'),
     ],
 )
 def test_impossible_configs_are_refused_before_any_work(config, tmp_path, field, value, words):

@@ -189,7 +189,8 @@ def test_weights_of_another_model(finished, tmp_path):
     config, workdir, _ = finished
     c = fresh(config)
     c.init_from, c.model.width = str(workdir), 32
-    with pytest.raises(UserError, match='is of another model'):
+    words = r'(?s)is of another model.*\.\.\. and \d+ more\n.*differ in\n  model\.width: 16 there, 32 now$'
+    with pytest.raises(UserError, match=words):
         pretrain.run(c, tmp_path)
 
 
@@ -201,7 +202,9 @@ def test_a_teacher_comes_with_the_weights(tmp_path):
     saver.save(state, {}, None, {})
     saver.close()
     zero = jax.tree.map(jnp.zeros_like, state)
-    found = start.initialised(str(tmp_path), zero)
+    c = base.get_config()
+    c.init_from = str(tmp_path)
+    found = start.initialised(c, zero)
     assert same(found.params, own['params'])
     assert same(found.model_state['teacher'], own['teacher'])
     assert int(found.step) == 0
