@@ -267,7 +267,7 @@ def _plot_budgets(table: Table, path: Path) -> None:
     """Final values over budgets, dots and a thin line per seed, their mean; and heterogeneity over the blocks."""
     shown, per_block = table.measured(table.budgets[-1]), [c for c in HETEROGENEITY if table.has(c)]
     panels = len(shown) + len(per_block)
-    fig = Figure(figsize=(4.4 * panels, 3.8), layout='constrained')
+    fig = Figure(figsize=(4.4 * panels, 4.1), layout='constrained')
     axes = fig.subplots(1, panels, squeeze=False)[0]
     for colour, variant in enumerate(table.variants):
         for axis, metric in zip(axes, shown, strict=False):
@@ -296,7 +296,7 @@ def _plot_budgets(table: Table, path: Path) -> None:
         axis.set_title(HETEROGENEITY[column], fontsize=10)
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
     fig.savefig(path, dpi=110)
 
 
