@@ -67,10 +67,10 @@ def depths(c, arch) -> tuple[int, ...]:
     Raises:
       UserError: if the encoder has fewer.
     """
-    found, name = (tuple(c.depths), 'eval.depths') if c.depths else ((c.depth,), 'eval.depth')
-    if deepest := [d for d in found if d > arch.depth]:
-        raise UserError(f'{name}: {deepest[0]} is too deep; the encoder has {arch.depth} blocks')
-    return found
+    for name, values in (('eval.depths', c.depths), ('eval.depth', (c.depth,))):
+        if wrong := [d for d in values if d > arch.depth]:
+            raise UserError(f'{name}: {wrong[0]} is too deep; the encoder has {arch.depth} blocks')
+    return tuple(c.depths) or (c.depth,)
 
 
 def encoder(method: Method, config) -> Callable:

@@ -1,7 +1,7 @@
 """Methods of masked image modelling, behind one small protocol.
 
-A method is one file with a `build(config) -> Method`. `config.method` names it: a bare name is a module of this
-package ('mae'), a dotted one any importable module ('my_project.my_method').
+A method is one file with a `build(config) -> Method`. `config.method` names it: a module of this package ('mae'), or
+any other that can be imported ('my_method', 'my_project.my_method').
 """
 
 import dataclasses
@@ -219,10 +219,12 @@ def build(config) -> Method:
     shipped = f'{__name__}.{name}'
     module_name = name if '.' in name or not importlib.util.find_spec(shipped) else shipped
     try:
+        if not all(part.isidentifier() for part in name.split('.')):
+            raise ModuleNotFoundError(name=module_name)
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
-        if e.name and not module_name.startswith(e.name):
-            raise
+        if not f'{module_name}.'.startswith(f'{e.name}.'):
+            raise  # it is there, and lacks another
         raise UserError(
             f'method is {name!r}: no module {module_name}; use mae, simmim, bootmae, conmim, encoder, or a module '
             'of your own: a file next to main.py or on PYTHONPATH'

@@ -82,7 +82,7 @@ def hold(workdir: epath.Path) -> Iterator[str]:
         problem = f'the workdir {workdir} cannot be written: {_reason(e)}'
         if passes:
             raise Temporary(problem) from None
-        raise UserError(f'{problem}; name a folder that can with --workdir') from None
+        raise UserError(f'{problem}; choose a folder that can: --workdir=DIR') from None
     try:
         yield lock.token
     except KeyboardInterrupt:

@@ -60,6 +60,6 @@ def _check(config: ConfigDict, workdir: epath.Path) -> list[str]:
     if config.task in EVALUATIONS:
         trains = EVALUATIONS[config.task]
         config = pretrained.find(config).config
-        if not trains:  # kNN and L-BFGS read no validation split
+        if not (trains and config.eval.every_epochs):  # who reads no validation split
             config.data.val_split = config.data.test_split
     return check.run(config, workdir)

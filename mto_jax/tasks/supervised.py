@@ -115,7 +115,7 @@ def _begun_with(workdir, config) -> str:
     cure = f'Resume it with --config.checkpoint={began} --workdir={workdir}'
     if gone:
         cure = (
-            'The former is gone: if this is the same pre-training, resume from what the workdir has with '
+            "The former is gone: if this is the same pre-training, go on from this workdir's own files: "
             '--config.resume_anyway=True'
         )
     raise UserError(

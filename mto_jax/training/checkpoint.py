@@ -398,7 +398,7 @@ def constants(workdir: epath.Path, abstract: Any) -> Any:
     Raises:
       UserError: if it is not there, cannot be read, or is of other shapes.
     """
-    path = workdir / CONSTANTS
+    path = epath.Path(workdir).resolve() / CONSTANTS  # orbax wants it so
     try:
         with ocp.StandardCheckpointer() as reader:
             return reader.restore(path, abstract)

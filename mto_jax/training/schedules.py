@@ -35,8 +35,8 @@ def learning_rate(optim, batch_size: int, total_steps: int, steps_per_epoch: int
     the last update.
 
     Raises:
-      UserError: for a run without steps, an unknown schedule, a warm-up that is not shorter than the training, or
-        a rate that could not fall as the fields say.
+      UserError: for a run without steps, a warm-up that is not shorter than the training, or a rate that could not
+        fall as the fields say.
     """
     reference = optim.lr_reference or batch_size
     start, peak = (lr * batch_size / reference for lr in (optim.warmup_lr, optim.base_lr))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mto_jax.config import EVALUATIONS
+from mto_jax.config import EVALUATIONS, field_of
 from mto_jax.errors import UserError
 from mto_jax.runtime.log import say
 from mto_jax.runtime.workdir import completed, differences, listed
@@ -76,7 +76,7 @@ def initialised(config: ConfigDict, state: TrainState) -> TrainState:
         except UserError as e:
             changed = differences(reader.config(step), config.to_dict())
             own = ('method', 'model.', f'{config.method}.', 'data.image_size', 'data.channels')
-            shapes = {name: values for name, values in changed.items() if name.startswith(own)}
+            shapes = {n: values for n, values in changed.items() if n.startswith(own) or field_of(n) is None}
             raise UserError(f'{e}\nThe configs differ in\n{listed(shapes)}' if shapes else str(e)) from None
 
     workdir, step, found = checkpoint.read(config.init_from, load, '--config.init_from')

@@ -375,6 +375,7 @@ def evaluation(trained, task='knn', **changes):
         ('eval.features', 'class', 'model.class_token'),
         ('eval.features', 'max', 'eval.features'),
         ('eval.depth', 2, 'eval.depth: 2 is too deep'),
+        ('eval.depths', (0, 2), 'eval.depths: 2 is too deep'),
         ('eval.batch_size', 33, 'eval.batch_size is 33'),
         ('mesh.data', 9, 'mesh'),
     ],

@@ -412,6 +412,13 @@ def test_a_method_in_a_file_of_its_own(config, tmp_path, monkeypatch):
         methods.build(config)
     monkeypatch.syspath_prepend(tmp_path)
     assert isinstance(methods.build(config), toy_method.Toy)
+    (tmp_path / 'jaxx_method.py').write_text('import jaxx\n')
+    config.method = 'jaxx_method'
+    with pytest.raises(ModuleNotFoundError, match="named 'jaxx'"):
+        methods.build(config)
+    for config.method in ('', '.', 'a.b'):
+        with pytest.raises(UserError, match=r'method is .*no module'):
+            methods.build(config)
 
 
 def test_weights_of_losses_count(config, rng):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +216,7 @@ def test_running_moments_over_groups_and_microbatches(config, rng):
 
 def test_it_goes_on_with_the_encoder_that_it_kept(config, pretrained, tmp_path, monkeypatch):
     """Where the pre-training has gone on and deleted the checkpoint that the probe began with."""
-    run, probe = tmp_path / 'run', tmp_path / 'probe'
+    run, probe = tmp_path / 'run', Path(os.path.relpath(tmp_path / 'probe'))
     shutil.copytree(pretrained, run)
     config.checkpoint = str(run)
     whole = tasks.run(config, probe)
